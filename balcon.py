@@ -1,0 +1,1105 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""balcon: balanced contrastive learning in one file.
+
+Equation, table and section numbers refer to "Understanding Self-supervised Contrastive Learning
+through Supervised Objectives" (TMLR 2025, arXiv 2510.10572), which this file reproduces.
+
+    python balcon.py                                        # 3 minutes on a laptop, no download
+    python balcon.py --dataset cifar10                      # one GPU: the paper's CIFAR-10 recipe
+    torchrun --nproc_per_node=8 balcon.py --dataset imagenet --alpha 4 --lam 2      # eight GPUs
+
+Letters, the paper's: m images give 2m views with projections z of d dimensions; α sharpens the
+softmax over negatives (α = 1/τ, the inverse temperature), λ weighs repelling against attracting;
+t ~ T is one augmentation out of the distribution of augmentations; f is the encoder.
+
+Map, in the order of use:
+    losses         Eq. 17, generalized NT-Xent, NSCL, the loss floor
+    views          the augmentations, drawn and applied apart (A.3.1, A.4.1)
+    data           images in memory or on disk, always read as a function of (seed, step)
+    model          torchvision's ResNets and the projector
+    distributed    what one process and N processes must share to be equal
+    pretraining    SGD, checkpoints, resume
+    evaluation     k nearest neighbours, linear probe
+    command line   the recipes, all defaults in one table
+"""
+import argparse
+import copy
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+
+
+# ------------------------------------------ losses ---------------------------------------------
+def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_positive=False,
+                              labels=None):
+    """Balanced contrastive loss, Eq. 17: −s(z, z⁺) + λ (1/α) log Σ_{z⁻} exp(α s(z, z⁻)).
+
+    z1, z2: [m, d], two views; row i of both shows the same image. Returns a scalar: the mean over
+    all 2m anchors z. z⁺ is the other view of z's image; z⁻ are the 2(m−1) views of other images,
+    so the positive is not in the log-sum-exp. Values below zero are normal: see `loss_floor`.
+
+    similarity: "cosine" (of l2-normalised rows), or of rows as they are "dot" or "euclidean", the
+    negative squared distance (Table 1, footnote 3). Computed in float32 at least, also under autocast.
+
+    Under torch.distributed the anchors are this rank's, the candidates are gathered from all ranks,
+    and the gradient of a candidate is summed over ranks: the gradient that DDP averages is exactly
+    the one of a single process with the whole batch. Every rank must bring the same m.
+
+    The scale is the paper's: gradients are 1/α of those of the usual NT-Xent with temperature 1/α.
+    A learning rate from the SimCLR literature must be multiplied by α to mean the same here.
+
+    repel_positive=True puts z⁺ into the log-sum-exp too; labels [m] keep only the z⁻ of other
+    classes: `generalized_nt_xent_loss` and `nscl_loss` are these two.
+    """
+    if z1.shape != z2.shape or z1.dim() != 2:
+        raise ValueError(f"z1 and z2 must both be [m, d], not {[*z1.shape]} and {[*z2.shape]}")
+    if similarity not in ("cosine", "dot", "euclidean"):
+        raise ValueError(f"similarity must be cosine, dot or euclidean, not {similarity!r}")
+    if not alpha > 0:
+        raise ValueError(f"alpha must be positive, not {alpha}")
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    m = len(z1)
+    if m * world < 2:
+        raise ValueError("one image has no negatives: the batch must hold at least two")
+
+    def gather(x):  # [n, ...] of each rank -> [world·n, ...]; the own rows keep their graph
+        rows = [torch.empty_like(x) for _ in range(world)]
+        dist.all_gather(rows, x.detach())
+        return torch.cat([*rows[:rank], x, *rows[rank + 1:]])
+
+    def sum_over_ranks(grad):  # each rank's anchors pull on all candidates; own rows alone lose that
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+    with torch.autocast(z1.device.type, enabled=False):
+        z = torch.cat([z1, z2])  # [2m, d] anchors
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        if similarity == "cosine":
+            z = F.normalize(z, dim=1)
+        candidates = z if world == 1 else gather(z)  # [2M, d] with M = world·m
+        if world > 1 and z.requires_grad:
+            candidates.register_hook(sum_over_ranks)
+        s = z @ candidates.T  # [2m, 2M]
+        positive = (z * z.roll(m, 0)).sum(1)  # [2m]; rolling by m swaps the views
+        if similarity == "euclidean":  # −‖a − b‖² = 2a·b − ‖a‖² − ‖b‖²
+            s = 2 * s - z.square().sum(1, keepdim=True) - candidates.square().sum(1)
+            positive = -(z - z.roll(m, 0)).square().sum(1)
+
+        # What an anchor does not repel: all candidates that carry the same name as itself.
+        view = torch.arange(2 * m * world, device=z.device)
+        if labels is not None:
+            name = labels.to(z.device).repeat(2)  # its class, so its image as well
+            name = name if world == 1 else gather(name)
+        elif repel_positive:
+            name = view  # itself
+        else:
+            name = view // (2 * m) * m + view % m  # its image: itself and its positive
+        kept_out = name[rank * 2 * m:(rank + 1) * 2 * m, None] == name
+        if labels is not None and kept_out.all(1).any():
+            raise ValueError("an image has no negatives: all others are of its class")
+
+        repel = torch.logsumexp((alpha * s).masked_fill(kept_out, -math.inf), dim=1) / alpha
+        return (lam * repel - positive).mean()
+
+
+def generalized_nt_xent_loss(z1, z2, alpha, lam, similarity="cosine"):
+    """Generalized NT-Xent loss (Section 6): Eq. 17 with the positive also in the log-sum-exp.
+
+    Arguments, mean, ranks and scale as in `balanced_contrastive_loss`. λ = 1 is SimCLR's NT-Xent
+    (Eq. 15) with temperature τ = 1/α, divided by α.
+    """
+    return balanced_contrastive_loss(z1, z2, alpha, lam, similarity, repel_positive=True)
+
+
+def nscl_loss(z1, z2, labels, alpha, lam, similarity="cosine"):
+    """Negatives-only supervised loss (arXiv 2506.04411): Eq. 17, repelling other classes only.
+
+    labels: [m] integers. Everything else as in `balanced_contrastive_loss`; an image without any
+    image of another class in the batch is a ValueError.
+    """
+    return balanced_contrastive_loss(z1, z2, alpha, lam, similarity, labels=labels)
+
+
+def loss_floor(m, alpha, lam, repel_positive=False):
+    """The smallest value that the loss of m ≥ 2 images can take under cosine similarity.
+
+    Jensen bounds the log-sum-exp by the negatives' mean similarity, and Σ zᵢ·zⱼ ≥ 0 bounds that
+    mean by −(1 + P)/K, where P is the mean positive similarity and K = 2(m−1). Balanced loss: it
+    falls in P, so the floor is at P = 1, reached iff views coincide and the m images form a regular
+    simplex (needs d ≥ m−1). With the positive repelled too, the best P can lie below 1 once λ > 1:
+    that loss can prefer views that do not agree, which the balanced loss never does.
+    """
+    K, P = 2 * (m - 1), 1.0
+    if not repel_positive:
+        return -P + lam * (math.log(K) / alpha - (1 + P) / K)
+    if lam > 1:  # where the derivative in P vanishes: e^{α(P + (1+P)/K)} = (K + λ)/(λ − 1)
+        P = min(P, (K / alpha * math.log((K + lam) / (lam - 1)) - 1) / (K + 1))
+    a, b = alpha * P, math.log(K) - alpha * (1 + P) / K  # log of the positive's and negatives' mass
+    return -P + lam / alpha * (max(a, b) + math.log1p(math.exp(-abs(a - b))))
+
+
+LOSSES = {"balanced": balanced_contrastive_loss, "ntxent": generalized_nt_xent_loss}
+
+
+# ------------------------------------------ views ----------------------------------------------
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, also for CIFAR (A.4.1)
+GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma, as torchvision
+
+
+class Views:
+    """T, the distribution of augmentations: its parts, in their order of application.
+
+    Drawing and applying are apart. So one t can be applied to two images (Eq. 51), and all ranks
+    can draw the global batch's parameters and apply only their rows.
+    """
+
+    def __init__(self, parts, size, crop_scale):
+        self.parts, self.size, self.crop_scale = parts, size, crop_scale
+
+    def draw(self, n, generator):
+        """t₁ … tₙ ~ T: {part: [n, ...]} on the CPU. No pixel is touched, no image size is needed."""
+        def rand(*shape, low=0.0, high=1.0):
+            return low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+        def with_probability(p, value, otherwise):
+            chosen = (rand() < p).view(n, *[1] * (value.dim() - 1))
+            return torch.where(chosen, value, value.new_tensor(otherwise))
+
+        def jitter():  # factors of brightness, contrast, saturation, hue; and a random order of them
+            factor = torch.cat([rand(3, low=0.6, high=1.4), rand(1, low=-0.1, high=0.1)], 1)
+            return torch.stack([factor, with_probability(0.8, rand(4).argsort(1), -1)], 1)
+
+        draws = {
+            # RandomResizedCrop: ten candidates (area, width/height, top, left), in fractions
+            "crop": lambda: torch.stack([rand(10, low=self.crop_scale[0], high=self.crop_scale[1]),
+                                         rand(10, low=math.log(3 / 4), high=math.log(4 / 3)).exp(),
+                                         rand(10), rand(10)], 2),  # [n, 10, 4]
+            "flip": lambda: rand() < 0.5,
+            "color_jitter": jitter,  # [n, 2, 4]; order −1: this image is left alone
+            "grayscale": lambda: rand() < 0.2,
+            "gaussian_blur": lambda: with_probability(0.5, rand(low=0.1, high=2.0), 0.0),  # σ, pixels
+            # The paper names the next three without parameters: chosen here, see README.
+            "random_cutout": lambda: with_probability(0.5, rand(2), -1.0),  # centre, in fractions
+            "random_rotation": lambda: rand(high=4).long(),  # quarter turns
+            "gaussian_noise": lambda: with_probability(0.5, 0.1 * torch.randn(
+                n, 3, self.size, self.size, generator=generator), 0.0),
+        }
+        return {part: draws[part]() for part in self.parts}
+
+    def apply(self, x, t):
+        """x: [n, 3, H, W] uint8 -> t(x): [n, 3, size, size] float32, normalised."""
+        x = x.float() / 255
+        for part, value in t.items():
+            value = value.to(x.device)
+            if part == "crop":
+                x = crop_resize(x, crop_box(value, *x.shape[-2:]), self.size)
+            else:
+                x = OPERATIONS[part](x, value)
+        return normalize(x)
+
+
+def normalize(x):
+    return (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
+
+
+def crop_box(t, height, width):
+    """t: [n, 10, 4] -> [n, 4] (top, left, height, width), whole pixels: the first candidate that
+    fits into the image, else the largest central crop of an allowed shape, as torchvision."""
+    area, ratio, top, left = t.unbind(-1)
+    h = (area * height * width / ratio).sqrt().round().clamp(min=1)
+    w = (area * height * width * ratio).sqrt().round().clamp(min=1)
+    box = torch.stack([(top * (height - h + 1)).floor().minimum(height - h),  # rounding may touch 1
+                       (left * (width - w + 1)).floor().minimum(width - w), h, w], -1)
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    central = box.new_tensor([(height - h) // 2, (width - w) // 2, h, w])
+    box = torch.cat([box, central.expand(len(t), 1, 4)], 1)  # an eleventh, which always fits
+    fits = (box[..., 2] <= height) & (box[..., 3] <= width)
+    return box[torch.arange(len(t)), fits.int().argmax(1)].long()
+
+
+def crop_resize(x, box, size):
+    """x: [n, 3, H, W], box: [n, 4] -> [n, 3, size, size], antialiased bilinear.
+
+    Along each axis a resize is linear, so two small matrices per image do crop and resize at once.
+    """
+    def weights(start, length, total):  # [n], [n] -> [n, size, total]
+        start, scale = start[:, None, None], length[:, None, None] / size
+        pixel = torch.arange(total, device=x.device) + 0.5
+        centre = start + scale * (torch.arange(size, device=x.device)[:, None] + 0.5)
+        w = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0)  # widens when shrinking
+        w = w * ((pixel > start) & (pixel < start + length[:, None, None]))  # blind beyond the crop
+        return w / w.sum(-1, keepdim=True)
+
+    (n, _, height, width), (top, left, h, w) = x.shape, box.unbind(1)
+    x = x.flatten(1, 2) @ weights(left, w, width).mT  # [n, 3·H, size]
+    return weights(top, h, height)[:, None] @ x.view(n, 3, height, size)
+
+
+def flip(x, flipped):
+    return torch.where(flipped[:, None, None, None], x.flip(-1), x)
+
+
+def gray(x):
+    return (x * x.new_tensor(GRAY)[:, None, None]).sum(-3, keepdim=True)
+
+
+def blend(x, other, factor):
+    return (factor * x + (1 - factor) * other).clamp(0, 1)
+
+
+def shift_hue(x, shift):
+    """x: [..., 3, H, W]; shift in turns of the colour circle (HSV, as torchvision)."""
+    r, g, b = x.unbind(-3)
+    value, chroma = x.amax(-3), x.amax(-3) - x.amin(-3)
+    safe = torch.where(chroma == 0, 1, chroma)
+    hue = torch.where(value == r, (g - b) / safe,
+                      torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))  # sixths
+    k = (x.new_tensor([5, 3, 1])[:, None, None] + (hue.unsqueeze(-3) + 6 * shift)) % 6
+    return value.unsqueeze(-3) - chroma.unsqueeze(-3) * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def color_jitter(x, t):
+    adjust = (lambda x, f: blend(x, 0, f),  # brightness
+              lambda x, f: blend(x, gray(x).mean((-2, -1), keepdim=True), f),  # contrast
+              lambda x, f: blend(x, gray(x), f),  # saturation
+              shift_hue)
+    factor, order = t.unbind(1)  # [n, 4] each
+    for turn in range(4):
+        for kind in range(4):
+            i = (order[:, turn] == kind).nonzero().squeeze(1)
+            x[i] = adjust[kind](x[i], factor[i, kind, None, None, None])
+    return x
+
+
+def grayscale(x, chosen):
+    return torch.where(chosen[:, None, None, None], gray(x), x)
+
+
+def gaussian_blur(x, sigma, radius=11):
+    """x: [n, 3, S, S], sigma: [n] (0: untouched). Kernel of 2·radius + 1 pixels, reflected borders:
+    one matrix per image, used on both axes. 23 pixels are SimCLR's tenth of 224; σ ≤ 2 needs 13."""
+    i = sigma.nonzero().squeeze(1)
+    row = torch.arange(x.shape[-1], device=x.device)[:, None]
+    col, last = row.T, x.shape[-1] - 1
+    radius = min(radius, last)
+
+    def kernel(distance):
+        return torch.exp(-0.5 * (distance / sigma[i, None, None]) ** 2) * (distance.abs() <= radius)
+
+    total = kernel(torch.arange(-radius, radius + 1, device=x.device)).sum(-1, keepdim=True)
+    blur = (kernel(row - col) + kernel(row + col) * (col > 0)  # reflected at the first pixel
+            + kernel(2 * last - row - col) * (col < last)) / total  # and at the last
+    x[i] = blur[:, None] @ x[i] @ blur[:, None].mT
+    return x
+
+
+def random_cutout(x, centre):
+    """A square of half the side around `centre` [n, 2], cut at the border, becomes the mean colour."""
+    size = x.shape[-1]
+    inside = (torch.arange(size, device=x.device) - (centre * size).floor()[..., None] + size // 4)
+    inside = (inside >= 0) & (inside < size // 2) & (centre >= 0)[..., None]  # [n, 2, S]
+    hole = inside[:, None, 0, :, None] & inside[:, None, 1, None, :]
+    return torch.where(hole, x.new_tensor(MEAN)[:, None, None], x)
+
+
+def random_rotation(x, quarter_turns):
+    for turns in (1, 2, 3):
+        i = (quarter_turns == turns).nonzero().squeeze(1)
+        x[i] = x[i].rot90(turns, (-2, -1))
+    return x
+
+
+def gaussian_noise(x, noise):
+    return (x + noise).clamp(0, 1)
+
+
+OPERATIONS = {f.__name__: f for f in (flip, color_jitter, grayscale, gaussian_blur, random_cutout,
+                                      random_rotation, gaussian_noise)}
+DROPPABLE = {"gaussian_blur": ("gaussian_blur",), "color_distortion": ("color_jitter", "grayscale")}
+ADDABLE = ("random_cutout", "random_rotation", "gaussian_noise")
+
+
+# ------------------------------------------ data -----------------------------------------------
+class UserError(Exception):
+    """What a user can cause and mend: one sentence, exit code 2."""
+
+    def __init__(self, message):  # from a DataLoader worker it arrives at the end of a traceback
+        super().__init__(str(message).strip().splitlines()[-1].split("UserError: ")[-1])
+
+
+def rng(*key):
+    """A CPU generator that is a pure function of its key, so no generator state is ever saved."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+class InMemory:
+    """Small images: uint8 pixels [N, 3, S, S] on the device, augmented there in batches."""
+
+    def __init__(self, pixels, labels, classes, device):
+        self.pixels, self.labels, self.classes, self.device = pixels.to(device), labels, classes, device
+
+    def batches(self, order, views=None, n=1, key=(), split=False):
+        """Yields (images [n·b, 3, S, S] normalised, labels [b]) for each (number, rows [b]) of `order`.
+
+        n views of each image, view by view; views=None: the plain image. split: only this rank's
+        share of the rows. t is drawn for all of them from (key, number), whatever the world size.
+        """
+        for number, rows in order:
+            mine = share(len(rows)) if split else slice(None)
+            x = self.pixels[rows[mine].to(self.device)]
+            if views is None:
+                x = normalize(x.float() / 255)
+            else:
+                t = views.draw(n * len(rows), rng(*key, number))
+                t = {part: value.unflatten(0, (n, len(rows)))[:, mine].flatten(0, 1) for part, value in t.items()}
+                x = views.apply(x.repeat(n, 1, 1, 1), t)
+            yield x.contiguous(memory_format=torch.channels_last), self.labels[rows[mine]].to(self.device)
+
+
+class OnDisk(torch.utils.data.Dataset):
+    """Large images in files: worker processes decode and crop, the device does the rest."""
+
+    def __init__(self, paths, labels, classes, device, size, workers):
+        self.paths, self.labels, self.classes, self.device = paths, labels, classes, device
+        self.size, self.workers = size, workers
+
+    def batches(self, order, views=None, n=1, key=(), split=False):
+        """As InMemory.batches, but t is drawn in the worker, from (key, number, row)."""
+        reader = copy.copy(self)
+        reader.views, reader.n, reader.key = views, n, key
+        rows_of_rank = ([(number, row) for row in (rows[share(len(rows))] if split else rows).tolist()]
+                        for number, rows in order)
+        loader = torch.utils.data.DataLoader(
+            reader, batch_sampler=rows_of_rank, num_workers=self.workers, pin_memory=self.device.type == "cuda",
+            prefetch_factor=4 if self.workers else None)
+        for crops, t, labels in loader:  # [b, n, 3, S, S] uint8, {part: [b, n, ...]}, [b]
+            x = crops.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+            t = {part: value.transpose(0, 1).flatten(0, 1) for part, value in t.items()}
+            x = views.apply(x, t) if views else normalize(x.float() / 255)
+            yield x.contiguous(memory_format=torch.channels_last), labels.to(self.device)
+
+    def __getitem__(self, number_and_row):  # one decode serves all n crops
+        row = number_and_row[1]
+        image, t = read_image(self.paths[row]), {}
+        if self.views:
+            t = self.views.draw(self.n, rng(*self.key, *number_and_row))
+            boxes = crop_box(t.pop("crop"), image.height, image.width).tolist()
+        else:  # Resize(S / 0.875) and CenterCrop(S), in one resampling
+            side = max(1, round(0.875 * min(image.size)))
+            boxes = [(round((image.height - side) / 2), round((image.width - side) / 2), side, side)] * self.n
+        crops = [image.crop((left, top, left + w, top + h)).resize((self.size, self.size), Image.Resampling.BILINEAR)
+                 for top, left, h, w in boxes]  # antialiased
+        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), t, self.labels[row]
+
+
+def read_image(path):
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow raises many kinds on corrupt files
+        raise UserError(f"cannot read the image {path}: {error}") from None
+
+
+def load_data(cfg, device):
+    """[training images, test images] of cfg.dataset in cfg.data; the README shows the layouts.
+
+    Label −1 marks an image without one (STL-10): pretraining uses it, evaluation does not.
+    """
+    on_disk, root, classes, data = cfg.dataset in ("imagenet", "folder"), cfg.data, None, []
+    if cfg.dataset == "patterns":
+        parts = [(*draw_patterns(4096, "train"), list(PATTERNS)), (*draw_patterns(2000, "test"), list(PATTERNS))]
+    elif (root / "train").is_dir():
+        tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
+        if not tests:
+            raise UserError(f"{root} has train/ but neither test/ nor val/")
+        parts = [class_folders(root / "train")]
+        parts.append(class_folders(tests[0], parts[0][2]))
+    elif on_disk:
+        raise UserError(f"{root}/train does not exist: put class folders into {root}/train and {root}/val, or "
+                        f"name another place with --data")
+    else:
+        parts = torchvision_data(cfg.dataset, root)
+    for images, labels, classes in parts:
+        if not data and cfg.limit:  # the training images
+            keep = balanced_subset(labels, cfg.limit)
+            images, labels = [images[i] for i in keep] if isinstance(images, list) else images[keep], labels[keep]
+        if on_disk:
+            data.append(OnDisk(images, labels, classes, device, cfg.size, cfg.workers))
+        else:
+            images = decode_all(images, cfg.size) if isinstance(images, list) else images
+            data.append(InMemory(images, labels, classes, device))
+    return data
+
+
+def class_folders(root, classes=None):
+    """root/<class>/<image> -> (paths, labels [N], classes); `classes` are the training images'."""
+    found = sorted(d.name for d in os.scandir(root) if d.is_dir() and not d.name.startswith("."))
+    foreign = set(found) - set(classes or found)
+    if not found or foreign:
+        raise UserError(f"{root} has a class that train/ lacks: {min(foreign)}" if foreign else
+                        f"{root} holds no class folders")
+    classes, readable, paths, labels = classes or found, tuple(Image.registered_extensions()), [], []
+    for name in found:
+        files = sorted(f.path for f in os.scandir(root / name) if f.name.lower().endswith(readable))
+        if not files:
+            raise UserError(f"the class folder {root / name} holds no image")
+        paths += files
+        labels += [classes.index(name)] * len(files)
+    return paths, torch.tensor(labels), classes
+
+
+def decode_all(paths, size):
+    pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    for row, path in enumerate(paths):
+        image = read_image(path)
+        if image.size != (size, size):
+            raise UserError(f"{path} is {image.width}×{image.height}, the other images of this data set are "
+                            f"{size}×{size}; --dataset folder takes any size")
+        pixels[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels
+
+
+def torchvision_data(dataset, root):
+    """CIFAR-10, CIFAR-100 or STL-10 in torchvision's layout, downloaded if it is not there."""
+    kind = getattr(torchvision.datasets, dataset.upper())
+    splits = ("train+unlabeled", "test") if dataset == "stl10" else (True, False)
+    try:
+        parts = [kind(root, split) for split in splits]
+    except RuntimeError:  # torchvision: not found or corrupted
+        try:
+            if rank() == 0:
+                for split in splits:
+                    kind(root, split, download=True)
+            barrier()
+            parts = [kind(root, split) for split in splits]
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{dataset} is not in {root} and cannot be downloaded ({error}): put torchvision's "
+                            f"files, or class folders train/ and test/, there") from None
+    if dataset == "stl10":
+        return [(torch.from_numpy(p.data), torch.from_numpy(p.labels).long(), p.classes) for p in parts]
+    return [(torch.from_numpy(p.data).permute(0, 3, 1, 2), torch.tensor(p.targets), p.classes) for p in parts]
+
+
+def balanced_subset(labels, n):
+    """Rows of n images, as equal in number per class as can be; the same ones whatever the seed."""
+    if n > len(labels):
+        raise UserError(f"--limit {n} asks for more than the {len(labels)} training images")
+    shuffled = torch.randperm(len(labels), generator=rng("limit"))
+    turn = torch.empty(len(labels))  # every class gives an image, then every class its second one …
+    for c in labels.unique():
+        rows = shuffled[labels[shuffled] == c]
+        turn[rows] = torch.arange(len(rows)).float()
+    return turn.argsort(stable=True)[:n].sort().values
+
+
+PATTERNS = {  # by two coordinates u, v and a distance r, all in radians
+    "stripes": lambda u, v, r: u.sin(),
+    "checks": lambda u, v, r: u.sin() * v.sin(),
+    "dots": lambda u, v, r: u.cos() + v.cos() - 0.8,
+    "rings": lambda u, v, r: r.sin(),
+    "zigzag": lambda u, v, r: (u + 1.3 * v.sin().asin()).sin(),
+    "grid": lambda u, v, r: torch.maximum(u.cos(), v.cos()) - 0.6,
+    "triangles": lambda u, v, r: (u / 5) % 2 - 2 * ((v / 5) % 2 - 1).abs(),
+    "spokes": lambda u, v, r: (6 * torch.atan2(u, v)).sin(),
+}
+
+
+def draw_patterns(n, split):
+    """n drawn images of eight kinds of pattern: uint8 [n, 3, 32, 32], labels [n].
+
+    Orientation, frequency, phase, contrast, polarity and noise are random. All palettes are nearly
+    the same grey: two views of an image share its palette, so with free colours the network would
+    tell images apart by colour and never learn the patterns.
+    """
+    g = rng("patterns", split)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, 1, 1, generator=g)
+
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
+    angle, frequency = uniform(0, 2 * math.pi), uniform(6, 13)
+    u = frequency * (x * angle.cos() + y * angle.sin()) + uniform(0, 2 * math.pi)
+    v = frequency * (y * angle.cos() - x * angle.sin()) + uniform(0, 2 * math.pi)
+    r = frequency * torch.hypot(x - uniform(-0.5, 0.5), y - uniform(-0.5, 0.5))
+    labels = torch.arange(n) % len(PATTERNS)
+    pattern = torch.stack([f(u, v, r) for f in PATTERNS.values()], 1)[torch.arange(n), labels]  # [n, 32, 32]
+    contrast = uniform(0.25, 0.35) * uniform(-1, 1).sign()
+    pixels = (uniform(0.45, 0.55) + contrast * torch.tanh(4 * pattern))[:, None]
+    pixels = pixels + 0.01 * torch.randn(n, 3, 1, 1, generator=g) + 0.05 * torch.randn(n, 3, 32, 32, generator=g)
+    return (255 * pixels.clamp(0, 1)).byte(), labels
+
+
+# ------------------------------------------ model ----------------------------------------------
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm1d and 2d in one, over the global batch on CPU processes too.
+
+    On CUDA, `distribute` makes it an nn.SyncBatchNorm, which has no CPU version.
+    """
+
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+        mean = SumOverRanks.apply(x.mean(dims)) / world_size()
+        x = x - mean.view(shape)
+        var = SumOverRanks.apply(x.square().mean(dims)) / world_size()
+        count = x.numel() // x.shape[1] * world_size()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        x = x * (var + self.eps).rsqrt().view(shape)
+        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+
+
+class Encoder(nn.Module):
+    """f: the backbone, which is evaluated, and the projector, whose output the loss sees."""
+
+    def __init__(self, backbone, stem, widths, size):
+        super().__init__()
+        self.backbone, width = build_backbone(backbone, stem, size)
+        layers = []
+        for i, wider in enumerate(widths, 1):  # BN on all layers, ReLU on all but the last (A.3.1)
+            layers += [nn.Linear(width, wider, bias=False), BatchNorm(wider, affine=i < len(widths))]
+            layers += [nn.ReLU(inplace=True)] if i < len(widths) else []
+            width = wider
+        self.projector = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.projector(self.backbone(x))
+
+
+def build_backbone(name, stem, size):
+    """(backbone, width of its features). Its weights fit torchvision.models.<name>, all but fc."""
+    resnet = torchvision.models.resnet
+    if name == "pixels":  # no network, for comparison
+        return nn.Flatten(), 3 * size * size
+    if name == "resnet10":  # one block a stage, for small machines; torchvision has none
+        net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=BatchNorm)
+    else:
+        net = torchvision.models.get_model(name, weights=None, norm_layer=BatchNorm)
+    if stem == "cifar":  # small images: no stride and no pooling before the first stage
+        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision
+    width, net.fc = net.fc.in_features, nn.Identity()
+    return net, width
+
+
+# ------------------------------------------ distributed ----------------------------------------
+def world_size():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
+
+
+def share(n):
+    """This rank's rows of n. Left without any it repeats the first, which gather_rows drops."""
+    return slice(rank(), n, world_size()) if rank() < n else slice(1)
+
+
+def gather_rows(x, n):
+    """The shares of all ranks -> the n rows in their order, on every rank."""
+    longest = math.ceil(n / world_size())
+    x = F.pad(x[:longest], [0, 0] * (x.dim() - 1) + [0, longest - len(x)])
+    return torch.stack(gather(x), 1).flatten(0, 1)[:n]
+
+
+def gather(x):
+    """[x of rank 0, x of rank 1, …], without gradient; all of one shape."""
+    if world_size() == 1:
+        return [x]
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return parts
+
+
+class SumOverRanks(torch.autograd.Function):
+    """all_reduce. Every rank's loss depends on the sum, so the gradients are summed as well."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SumOverRanks.forward(ctx, grad)
+
+
+def distribute(encoder, device):
+    """The module whose forward trains `encoder`, whose parameters stay where they are."""
+    if world_size() == 1:
+        return encoder
+    gpu = device.type == "cuda"
+    encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder) if gpu else encoder
+    return nn.parallel.DistributedDataParallel(encoder, [device] if gpu else None, broadcast_buffers=False)
+
+
+# ------------------------------------------ pretraining ----------------------------------------
+def cosine_lr(peak, step, total):
+    return peak * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def autocast(device):
+    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+
+
+def pretrain(encoder, data, views, cfg, device, out):
+    """Train `encoder` by SGD, continuing from out/last.pt if it is there. Returns the seconds taken."""
+    m, per_epoch = cfg.batch_size, len(data.labels) // cfg.batch_size
+    total, first, seconds = cfg.epochs * per_epoch, 0, 0.0
+    model = distribute(encoder, device)
+    model = torch.compile(model) if cfg.compile else model
+    optimizer = torch.optim.SGD(encoder.parameters(), cfg.lr, momentum=0.9, weight_decay=1e-4)
+    if (out / "last.pt").exists():
+        state = read_checkpoint(out / "last.pt")
+        encoder.backbone.load_state_dict(state["backbone"])
+        encoder.projector.load_state_dict(state["projector"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, seconds = state["step"], state["seconds"]
+    if rank() == 0 and first < total:
+        log = open_log(out / "log.jsonl", cfg, first)
+    floor = loss_floor(m, cfg.alpha, cfg.lam, repel_positive=cfg.loss == "ntxent")
+
+    def order():  # one stream over all epochs: the workers know no seam, any step can be the first
+        for step in range(first, total):
+            epoch, place = divmod(step, per_epoch)
+            if step == first or place == 0:
+                shuffled = torch.randperm(len(data.labels), generator=rng(cfg.seed, "order", epoch))
+            yield step, shuffled[place * m:][:m]
+
+    model.train()
+    started = saved = logged = time.perf_counter()
+    batches = data.batches(order(), views, n=2, key=(cfg.seed, "views"), split=True)
+    for step, (x, _) in enumerate(batches, first + 1):  # step: how many are done when this one is
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_lr(cfg.lr, step - 1, total)
+        with autocast(device):
+            z1, z2 = model(x).chunk(2)  # both views in one pass: x [2·m/world, 3, S, S]
+        loss = LOSSES[cfg.loss](z1, z2, cfg.alpha, cfg.lam, cfg.similarity)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+        if step % 10 == 0 or step == total:
+            loss = torch.stack(gather(loss.detach())).mean().item()
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {step}: lower --lr; {out}/last.pt is of before")
+            now, above = time.perf_counter(), loss - floor if cfg.similarity == "cosine" else None
+            if rank() == 0:
+                speed = min(10, step - first) * m / (now - logged)
+                line = {"step": step, "epoch": step / per_epoch, "loss": loss, "above_floor": above,
+                        "lr": optimizer.param_groups[0]["lr"], "images_per_second": round(speed, 1)}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                if sys.stderr.isatty():
+                    left = (now - started) / (step - first) * (total - step)
+                    print(f"\repoch {step / per_epoch:.1f}/{cfg.epochs}  loss {loss:.4f}  " +
+                          (f"({above:.4f} above its floor)  " if above is not None else "") +
+                          f"lr {line['lr']:.4f}  {speed:.0f} images/s  {left / 60:.0f} min left  ",
+                          end="\n" if step == total else "", file=sys.stderr, flush=True)
+            logged = now
+        if rank() == 0 and (step % per_epoch == 0 or time.perf_counter() - saved > 600):
+            saved = time.perf_counter()
+            save_atomically(out / "last.pt", {
+                "backbone": encoder.backbone.state_dict(), "projector": encoder.projector.state_dict(),
+                "optimizer": optimizer.state_dict(), "step": step, "config": public(cfg),
+                "seconds": seconds + saved - started})
+    barrier()
+    return seconds + time.perf_counter() - started
+
+
+def save_atomically(path, value):
+    """Text, or what torch.save takes. A kill or a full disk leaves the old file whole."""
+    draft = path.with_name(path.name + ".tmp")
+    with open(draft, "wb") as file:
+        file.write(value.encode()) if isinstance(value, str) else torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def read_checkpoint(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes of the unpickler
+        raise UserError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from None
+
+
+def open_log(path, cfg, first):
+    """log.jsonl for appending after step `first`; lines of steps that will be made again are dropped."""
+    lines = [line for line in read_log(path) if line.get("step", 0) <= first]
+    lines.append({"resumed_at": first, **environment()} if lines else {**environment(), "config": public(cfg)})
+    save_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return open(path, "a")
+
+
+def read_log(path):
+    """The lines of a log; one that a kill cut short ends it."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def environment():
+    def git(*command):
+        done = subprocess.run(["git", "-C", Path(__file__).resolve().parent, *command], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"argv": sys.argv, "git": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")), "world_size": world_size(),
+            "versions": {"python": platform.python_version(), **{
+                module.__name__: module.__version__ for module in (torch, torchvision, np)}},
+            "hardware": gpus or f"{os.cpu_count()} CPU cores, {platform.machine()}",
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+# ------------------------------------------ evaluation -----------------------------------------
+@torch.no_grad()
+def extract(backbone, data, batch=512):
+    """Features [n, d] float32 and labels [n] of this rank's share of the plain images."""
+    backbone.eval()
+    rows = torch.arange(len(data.labels))[share(len(data.labels))]
+    features, labels = [], []
+    for x, y in data.batches(enumerate(rows.split(batch))):
+        with autocast(data.device):
+            features.append(backbone(x).float())
+        labels.append(y)
+    return torch.cat(features), torch.cat(labels)
+
+
+@torch.no_grad()
+def knn_predict(train_features, train_labels, test_features, k, *, split=False):
+    """k-nearest-neighbour labels [Q] of test_features [Q, d] (A.4.2): the majority vote of the k most
+    cosine-similar of train_features [N, d]; of equal votes, the class of the nearest neighbour wins.
+    Holds blocks of the Q × N similarities, never all of them.
+
+    split=True: under torch.distributed each rank brings its share of the training images and all the
+    queries, and all ranks get the same answer.
+    """
+    bank, labels, split = F.normalize(train_features, dim=1), train_labels, split and world_size() > 1
+    classes, longest = labels.max() + 1, labels.new_tensor(len(bank))
+    if split:
+        classes, longest = torch.stack(gather(torch.stack([classes, longest]))).amax(0)
+    elif k > len(bank):
+        raise ValueError(f"k = {k} neighbours of {len(bank)} images")
+    predicted = []
+    for queries in F.normalize(test_features, dim=1).split(max(1, 2 ** 25 // int(longest))):
+        similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)))  # [q, k], nearest first
+        voters = labels[nearest]
+        if split:  # the k nearest of all are among the k nearest of each rank
+            missing = (0, k - similarity.shape[1])
+            similarity = torch.cat(gather(F.pad(similarity, missing, value=-math.inf)), 1)
+            nearest = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
+            voters = torch.cat(gather(F.pad(voters, missing)), 1).gather(1, nearest)
+        votes = voters.new_zeros(len(queries), int(classes)).scatter_add(1, voters, torch.ones_like(voters))
+        place = torch.arange(k, device=voters.device).expand_as(voters)
+        first = torch.full_like(votes, k).scatter_reduce(1, voters, place, "amin")  # place of its nearest
+        predicted.append((votes * (k + 1) - first).argmax(1))  # most votes, then the nearest
+    return torch.cat(predicted)
+
+
+def knn_accuracy(backbone, train, test, cfg):
+    """Top-1 in % on the test images, with all training images as the bank, split over the ranks."""
+    bank, labels = extract(backbone, train)
+    queries, answers = (gather_rows(x, len(test.labels)) for x in extract(backbone, test))
+    predicted = knn_predict(bank, labels, queries, min(cfg.k, len(train.labels)), split=True)
+    return 100 * (predicted == answers).double().mean().item()
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum, each weight matrix's step scaled by trust·‖w‖/‖gradient‖ (You et al., 2017).
+    Biases and other 1-d parameters are neither scaled nor decayed."""
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                update = p.grad
+                if p.dim() > 1:
+                    update = update + group["weight_decay"] * p
+                    w, g = p.norm(), update.norm()
+                    update = update * torch.where((w > 0) & (g > 0), group["trust"] * w / g, 1.0)
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.sub_(group["lr"] * buffer.mul_(group["momentum"]).add_(update))
+
+
+def linear_accuracy(backbone, train, test, cfg):
+    """Top-1 in % of a linear classifier on the frozen backbone (A.3.1, A.4.1).
+
+    Each rank passes its share of a batch through the backbone, then all make the same step of the
+    classifier with the gathered features: its accuracy does not depend on the number of ranks.
+    """
+    frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
+    n, device, views = len(train.labels), train.device, Views(("crop", "flip"), cfg.size, (0.08, 1.0))
+    queries, answers = extract(backbone, test)
+    if cfg.probe == "cached":
+        cached = [gather_rows(x, n) for x in extract(backbone, train)]
+
+    def batches(epoch):  # features [b, d], labels [b]
+        order = torch.randperm(n, generator=rng(cfg.seed, "probe order", epoch)).split(cfg.probe_batch)
+        if cfg.probe == "cached":
+            yield from ((cached[0][rows], cached[1][rows]) for rows in order)
+            return
+        key = (cfg.seed, "probe views", epoch)
+        for rows, (x, y) in zip(order, train.batches(enumerate(order), views, key=key, split=True)):
+            with torch.no_grad(), autocast(device):
+                x = backbone(x).float()
+            yield gather_rows(x, len(rows)), gather_rows(y, len(rows))
+
+    probe = nn.Linear(queries.shape[1], len(train.classes)).to(device)
+    probe.weight.data = 0.01 * torch.randn(probe.weight.shape, generator=rng(cfg.seed, "probe")).to(device)
+    probe.bias.data.zero_()
+    peak, total = cfg.probe_lr * cfg.probe_batch / 256, cfg.probe_epochs * math.ceil(n / cfg.probe_batch)
+    sgd = functools.partial(torch.optim.SGD, momentum=0.9)
+    optimizer, step = {"sgd": sgd, "lars": LARS}[cfg.probe_optimizer](probe.parameters(), lr=peak), 0
+    for epoch in range(cfg.probe_epochs):
+        for x, y in batches(epoch):
+            optimizer.param_groups[0]["lr"] = cosine_lr(peak, step, total)
+            optimizer.zero_grad()
+            F.cross_entropy(probe(x), y).backward()
+            optimizer.step()
+            step += 1
+    correct = gather_rows(probe(queries).argmax(1) == answers, len(test.labels))
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, frozen[name]), f"probing changed the backbone: {name}"
+    return 100 * correct.double().mean().item()
+
+
+EVALUATIONS = {"knn": knn_accuracy, "linear": linear_accuracy}
+
+
+# ------------------------------------------ command line ---------------------------------------
+CIFAR = dict(  # A.4.1. The paper's figures: kNN 80.32, linear 86.08
+    alpha=2.0, lam=4.0, epochs=200, batch_size=512, lr=0.1, backbone="resnet18", stem="cifar",
+    projector=(2048, 2048), size=32, crop_scale=(0.08, 1.0), parts=("crop", "flip", "color_jitter", "grayscale"),
+    k=1, probe="crops", probe_optimizer="sgd", probe_lr=30.0, probe_batch=256, probe_epochs=90, baseline=True)
+IMAGENET = dict(  # A.3.1. The paper's figures: kNN 51.00, linear 67.40
+    alpha=4.0, lam=2.0, epochs=100, batch_size=512, lr=0.1, backbone="resnet50", stem="imagenet",
+    projector=(2048, 2048, 2048), size=224, crop_scale=(0.2, 1.0),
+    parts=("crop", "color_jitter", "grayscale", "gaussian_blur", "flip"),
+    k=200, probe="crops", probe_optimizer="lars", probe_lr=0.1, probe_batch=4096, probe_epochs=90, baseline=False)
+PATTERNS_RECIPE = {**CIFAR, **dict(  # ours
+    alpha=4.0, lam=2.0, epochs=7, batch_size=128, lr=0.5, backbone="resnet10", stem="imagenet",
+    projector=(512, 128), crop_scale=(0.3, 1.0), k=5, probe="cached")}
+RECIPES = {"patterns": PATTERNS_RECIPE, "cifar10": CIFAR, "cifar100": CIFAR, "imagenet": IMAGENET, "folder": IMAGENET,
+           "stl10": {**CIFAR, "stem": "imagenet", "size": 96}}  # ours
+COMMON = dict(loss="balanced", similarity="cosine", drop=[], add=[], limit=None, seed=0, checkpoint=None,
+              compile=False, eval=list(EVALUATIONS))
+NOT_IDENTITY = ("data", "out", "eval", "workers", "compile")  # a rerun may change these
+
+
+def public(cfg):
+    """What makes a run this run, as it is logged."""
+    return json.loads(json.dumps({key: value for key, value in vars(cfg).items() if key not in NOT_IDENTITY},
+                      default=str))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def above(low, kind):
+    def parse(text):
+        if not (math.isfinite(value := kind(text)) and value > low):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number above {low}")
+        return value
+    parse.__name__ = kind.__name__  # for argparse's own "invalid int value"
+    return parse
+
+
+def parse_flags(argv=None):
+    """The configuration: the recipe of the data set (or the checkpoint's), overridden by the flags given."""
+    parser = Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS,
+                    epilog="Defaults are the paper's recipe for the data set, where it has one.")
+    flag = parser.add_argument
+    flag("--dataset", choices=RECIPES, help="default: patterns, drawn in memory")
+    flag("--data", type=Path, metavar="DIR", help="where the images are, default: data/<dataset>")
+    flag("--out", type=Path, metavar="DIR", help="run directory; the same command resumes what is there")
+    flag("--loss", choices=LOSSES, help="default: balanced (Eq. 17)")
+    flag("--alpha", type=above(0, float), help="sharpness of the repelling softmax, 1/temperature")
+    flag("--lam", type=above(0, float), help="weight of repelling against attracting")
+    flag("--similarity", choices=("cosine", "dot", "euclidean"), help="default: cosine")
+    flag("--drop", nargs="+", choices=DROPPABLE, help="augmentations to leave out of the recipe's")
+    flag("--add", nargs="+", choices=ADDABLE, help="augmentations to append to the recipe's")
+    flag("--epochs", type=above(-1, int), help="0: evaluate the untrained backbone")
+    flag("--batch-size", type=above(1, int), help="images a step over all processes; twice as many views")
+    flag("--lr", type=above(0, float), help="SGD's peak; gradients are 1/α of the usual NT-Xent's")
+    flag("--backbone", metavar="NAME", help="resnet10, any ResNet of torchvision, or pixels (none)")
+    flag("--stem", choices=("cifar", "imagenet"), help="cifar: 3×3, no stride, no pooling")
+    flag("--seed", type=above(-1, int), help="default: 0")
+    flag("--limit", type=above(0, int), metavar="N", help="use N training images, class-balanced")
+    flag("--workers", type=above(-1, int), help="decoding processes of each rank, for images on disk")
+    flag("--compile", action="store_true", help="torch.compile the network")
+    flag("--checkpoint", type=Path, metavar="FILE", help="evaluate this last.pt instead of pretraining")
+    flag("--eval", nargs="*", choices=EVALUATIONS, help="default: all")
+    flag("--baseline", action=argparse.BooleanOptionalAction, help="evaluate the untrained backbone as well")
+    flag("--k", type=above(0, int), help="nearest neighbours that vote")
+    flag("--probe", choices=("crops", "cached"), help="linear classifier on fresh crops, or on features made once")
+    flag("--probe-optimizer", choices=("sgd", "lars"))
+    flag("--probe-epochs", type=above(0, int))
+    flag("--probe-batch", type=above(0, int))
+    flag("--probe-lr", type=above(0, float), help="for a batch of 256, scaled with --probe-batch")
+    given, saved = vars(parser.parse_args(argv)), {}
+
+    if "checkpoint" in given:
+        saved = read_checkpoint(given["checkpoint"])
+        if not isinstance(saved, dict) or "config" not in saved:
+            raise UserError(f"{given['checkpoint']} is not a checkpoint of balcon")
+        saved = saved["config"]
+        for key in ("dataset", "backbone", "stem"):
+            if given.get(key, saved[key]) != saved[key]:
+                raise UserError(f"{given['checkpoint']} was made with --{key} {saved[key]}, not {given[key]}")
+    dataset = given.get("dataset", saved.get("dataset", "patterns"))
+    cfg = SimpleNamespace(**{**COMMON, **RECIPES[dataset], **saved, "dataset": dataset, "data": Path("data", dataset),
+                             "workers": min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), **given})
+    dropped = [part for name in cfg.drop for part in DROPPABLE[name]]
+    cfg.parts = (*(part for part in RECIPES[dataset]["parts"] if part not in dropped), *cfg.add)
+    if "out" not in given:
+        name = f"{dataset}-{cfg.loss}-a{cfg.alpha:g}-l{cfg.lam:g}-s{cfg.seed}"
+        cfg.out = Path("runs", f"eval-{cfg.checkpoint.resolve().parent.name}" if cfg.checkpoint else name)
+    check(cfg)
+    return cfg
+
+
+def check(cfg):
+    """Refuse what is wrong whatever the images are, before any work is done."""
+    known, world = torchvision.models.list_models(torchvision.models, "*resne*"), int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.backbone not in (*known, "resnet10", "pixels"):
+        raise UserError(f"--backbone {cfg.backbone} is none of resnet10, pixels, {', '.join(known)}")
+    if cfg.backbone == "pixels" and cfg.epochs:
+        raise UserError("--backbone pixels has nothing to pretrain: add --epochs 0")
+    if cfg.batch_size % world:
+        raise UserError(f"--batch-size {cfg.batch_size} does not divide by the {world} processes")
+    for name in cfg.drop:
+        if not set(DROPPABLE[name]) & set(RECIPES[cfg.dataset]["parts"]):
+            print(f"balcon: the {cfg.dataset} recipe has no {name} to drop", file=sys.stderr)
+    files = [cfg.out / name for name in ("log.jsonl", "last.pt", "results.json")]
+    if (cfg.out.exists() and not cfg.out.is_dir()) or (not read_log(files[0]) and any(f.exists() for f in files)):
+        raise UserError(f"--out {cfg.out} is not a directory of balcon: choose another")
+    for line in read_log(files[0])[:1]:
+        for key, value in public(cfg).items():
+            if line["config"].get(key) != value:
+                raise UserError(f"--out {cfg.out} holds a run with {key} {line['config'].get(key)}, not {value}: "
+                                f"choose another directory")
+
+
+def run(cfg):
+    """Pretrain or resume, evaluate, write results.json, print the table. Returns the exit code."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if "RANK" in os.environ:  # started by torchrun
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        train, test = load_data(cfg, device)
+        if cfg.epochs and not cfg.checkpoint and len(train.labels) < cfg.batch_size:
+            raise UserError(f"--batch-size {cfg.batch_size} is more than the {len(train.labels)} training images")
+    except UserError:
+        if rank() > 0:  # all ranks see the same images: one complaint is enough
+            sys.exit(2)
+        raise
+
+    def new_encoder():
+        torch.manual_seed(cfg.seed)
+        encoder = Encoder(cfg.backbone, cfg.stem, cfg.projector, cfg.size)
+        return encoder.to(device, memory_format=torch.channels_last)
+
+    encoder, seconds = new_encoder(), 0.0
+    if cfg.checkpoint:
+        try:
+            encoder.backbone.load_state_dict(read_checkpoint(cfg.checkpoint)["backbone"])
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"{cfg.checkpoint} does not fit: {str(error).splitlines()[-1].strip()}") from None
+    if rank() == 0:
+        print(f"balcon: {cfg.dataset}, {len(train.labels)} training and {len(test.labels)} test images, "
+              f"{cfg.backbone}, {cfg.loss} loss (α={cfg.alpha:g}, λ={cfg.lam:g}), {cfg.epochs} epochs -> {cfg.out}",
+              flush=True)
+        cfg.out.mkdir(parents=True, exist_ok=True)
+
+    path = cfg.out / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {"config": public(cfg), "seed": cfg.seed}
+    stages = ["untrained_", ""] if cfg.baseline and cfg.epochs else [""]
+    missing = [(stage, name) for name in cfg.eval for stage in stages if stage + name not in results]
+    if cfg.epochs and not cfg.checkpoint and (missing or not path.exists()):
+        views = Views(cfg.parts, cfg.size, cfg.crop_scale)
+        results["seconds"] = round(pretrain(encoder, train, views, cfg, device, cfg.out), 1)
+    elif rank() == 0 and not path.exists():
+        open_log(cfg.out / "log.jsonl", cfg, 0).close()
+    if (train.labels < 0).any():  # STL-10: only pretraining uses images without a label
+        keep = train.labels >= 0
+        train = InMemory(train.pixels[keep.to(device)], train.labels[keep], train.classes, device)
+    for stage, name in missing:
+        backbone = (new_encoder() if stage else encoder).backbone
+        results[stage + name] = EVALUATIONS[name](backbone, train, test, cfg)
+    if rank() == 0:
+        save_atomically(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+        titles = {"knn": f"kNN, k={min(cfg.k, len(train.labels))}", "linear": f"linear, {cfg.probe_optimizer.upper()}"}
+        heads = ["untrained" if stage or not cfg.epochs else "trained" for stage in stages]
+        print("".join(f"{text:>20}" for text in ["top-1 on test, %", *heads]))
+        for name in cfg.eval:
+            print("".join(f"{text:>20}" for text in [titles[name], *(f"{results[s + name]:.2f}" for s in stages)]))
+    if world_size() > 1:
+        dist.destroy_process_group()
+    recipe = {**COMMON, **RECIPES["patterns"], "seed": cfg.seed, "eval": cfg.eval}
+    if cfg.dataset == "patterns" and "knn" in cfg.eval and all(getattr(cfg, key) == recipe[key] for key in recipe):
+        error, untrained = 100 - results["knn"], 100 - results["untrained_knn"]  # the demo is a test
+        good = error < untrained / 4
+        print(f"kNN error {error:.1f} % of images after training, {untrained:.1f} % before: " +
+              ("it learned." if good else "FAILED, less than a quarter was expected."))
+        return 0 if good else 1
+    return 0
+
+
+def main(argv=None):
+    try:
+        sys.exit(run(parse_flags(argv)))
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0" or world_size() > 1:
+            print(f"balcon: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
