@@ -254,10 +254,6 @@ def crop_resize(x, box, size):
     return weights(top, h, height)[:, None] @ x.view(n, 3, height, size)
 
 
-def flip(x, flipped):
-    return torch.where(flipped[:, None, None, None], x.flip(-1), x)
-
-
 def gray(x):
     return (x * x.new_tensor(GRAY)[:, None, None]).sum(-3, keepdim=True)
 
@@ -288,10 +284,6 @@ def color_jitter(x, t):
             i = (order[:, turn] == kind).nonzero().squeeze(1)
             x[i] = adjust[kind](x[i], factor[i, kind, None, None, None])
     return x
-
-
-def grayscale(x, chosen):
-    return torch.where(chosen[:, None, None, None], gray(x), x)
 
 
 def gaussian_blur(x, sigma, radius=11):
@@ -328,12 +320,15 @@ def random_rotation(x, quarter_turns):
     return x
 
 
-def gaussian_noise(x, noise):
-    return (x + noise).clamp(0, 1)
-
-
-OPERATIONS = {f.__name__: f for f in (flip, color_jitter, grayscale, gaussian_blur, random_cutout,
-                                      random_rotation, gaussian_noise)}
+OPERATIONS = {  # images [n, 3, S, S] in [0, 1], parameters [n, ...] -> images
+    "flip": lambda x, chosen: torch.where(chosen[:, None, None, None], x.flip(-1), x),
+    "color_jitter": color_jitter,
+    "grayscale": lambda x, chosen: torch.where(chosen[:, None, None, None], gray(x), x),
+    "gaussian_blur": gaussian_blur,
+    "random_cutout": random_cutout,
+    "random_rotation": random_rotation,
+    "gaussian_noise": lambda x, noise: (x + noise).clamp(0, 1),
+}
 DROPPABLE = {"gaussian_blur": ("gaussian_blur",), "color_distortion": ("color_jitter", "grayscale")}
 ADDABLE = ("random_cutout", "random_rotation", "gaussian_noise")
 
@@ -390,8 +385,7 @@ class OnDisk(torch.utils.data.Dataset):
         rows_of_rank = ([(number, row) for row in (rows[share(len(rows))] if split else rows).tolist()]
                         for number, rows in order)
         loader = torch.utils.data.DataLoader(
-            reader, batch_sampler=rows_of_rank, num_workers=self.workers, pin_memory=self.device.type == "cuda",
-            prefetch_factor=4 if self.workers else None)
+            reader, batch_sampler=rows_of_rank, num_workers=self.workers, pin_memory=self.device.type == "cuda")
         for crops, t, labels in loader:  # [b, n, 3, S, S] uint8, {part: [b, n, ...]}, [b]
             x = crops.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
             t = {part: value.transpose(0, 1).flatten(0, 1) for part, value in t.items()}
@@ -484,17 +478,13 @@ def torchvision_data(dataset, root):
     kind = getattr(torchvision.datasets, dataset.upper())
     splits = ("train+unlabeled", "test") if dataset == "stl10" else (True, False)
     try:
-        parts = [kind(root, split) for split in splits]
-    except RuntimeError:  # torchvision: not found or corrupted
-        try:
-            if rank() == 0:
-                for split in splits:
-                    kind(root, split, download=True)
+        for first in (True, False):  # the other ranks wait until rank 0 has it
+            if first == (rank() == 0):
+                parts = [kind(root, split, download=first) for split in splits]
             barrier()
-            parts = [kind(root, split) for split in splits]
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{dataset} is not in {root} and cannot be downloaded ({error}): put torchvision's "
-                            f"files, or class folders train/ and test/, there") from None
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{dataset} is not in {root} and cannot be downloaded ({error}): put torchvision's "
+                        f"files, or class folders train/ and test/, there") from None
     if dataset == "stl10":
         return [(torch.from_numpy(p.data), torch.from_numpy(p.labels).long(), p.classes) for p in parts]
     return [(torch.from_numpy(p.data).permute(0, 3, 1, 2), torch.tensor(p.targets), p.classes) for p in parts]
@@ -675,21 +665,21 @@ def autocast(device):
     return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
 
 
-def pretrain(encoder, data, views, cfg, device, out):
-    """Train `encoder` by SGD, continuing from out/last.pt if it is there. Returns the seconds taken."""
+def pretrain(encoder, data, cfg):
+    """Train `encoder` by SGD, continuing from last.pt in cfg.out if it is there. Returns the seconds taken."""
     m, per_epoch = cfg.batch_size, len(data.labels) // cfg.batch_size
-    total, first, seconds = cfg.epochs * per_epoch, 0, 0.0
-    model = distribute(encoder, device)
+    total, first, seconds, last = cfg.epochs * per_epoch, 0, 0.0, cfg.out / "last.pt"
+    model = distribute(encoder, data.device)
     model = torch.compile(model) if cfg.compile else model
     optimizer = torch.optim.SGD(encoder.parameters(), cfg.lr, momentum=0.9, weight_decay=1e-4)
-    if (out / "last.pt").exists():
-        state = read_checkpoint(out / "last.pt")
+    if last.exists():
+        state = read_checkpoint(last)
         encoder.backbone.load_state_dict(state["backbone"])
         encoder.projector.load_state_dict(state["projector"])
         optimizer.load_state_dict(state["optimizer"])
         first, seconds = state["step"], state["seconds"]
     if rank() == 0 and first < total:
-        log = open_log(out / "log.jsonl", cfg, first)
+        log = open_log(cfg, first)
     floor = loss_floor(m, cfg.alpha, cfg.lam, repel_positive=cfg.loss == "ntxent")
 
     def order():  # one stream over all epochs: the workers know no seam, any step can be the first
@@ -701,11 +691,12 @@ def pretrain(encoder, data, views, cfg, device, out):
 
     model.train()
     started = saved = logged = time.perf_counter()
+    views = Views(cfg.parts, cfg.size, cfg.crop_scale)
     batches = data.batches(order(), views, n=2, key=(cfg.seed, "views"), split=True)
     for step, (x, _) in enumerate(batches, first + 1):  # step: how many are done when this one is
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(cfg.lr, step - 1, total)
-        with autocast(device):
+        with autocast(data.device):
             z1, z2 = model(x).chunk(2)  # both views in one pass: x [2·m/world, 3, S, S]
         loss = LOSSES[cfg.loss](z1, z2, cfg.alpha, cfg.lam, cfg.similarity)
         optimizer.zero_grad(set_to_none=True)
@@ -715,7 +706,7 @@ def pretrain(encoder, data, views, cfg, device, out):
         if step % 10 == 0 or step == total:
             loss = torch.stack(gather(loss.detach())).mean().item()
             if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {step}: lower --lr; {out}/last.pt is of before")
+                raise UserError(f"the loss is {loss} at step {step}: lower --lr; {last} is of before")
             now, above = time.perf_counter(), loss - floor if cfg.similarity == "cosine" else None
             if rank() == 0:
                 speed = min(10, step - first) * m / (now - logged)
@@ -732,7 +723,7 @@ def pretrain(encoder, data, views, cfg, device, out):
             logged = now
         if rank() == 0 and (step % per_epoch == 0 or time.perf_counter() - saved > 600):
             saved = time.perf_counter()
-            save_atomically(out / "last.pt", {
+            save_atomically(last, {
                 "backbone": encoder.backbone.state_dict(), "projector": encoder.projector.state_dict(),
                 "optimizer": optimizer.state_dict(), "step": step, "config": public(cfg),
                 "seconds": seconds + saved - started})
@@ -757,8 +748,9 @@ def read_checkpoint(path):
         raise UserError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from None
 
 
-def open_log(path, cfg, first):
+def open_log(cfg, first):
     """log.jsonl for appending after step `first`; lines of steps that will be made again are dropped."""
+    path = cfg.out / "log.jsonl"
     lines = [line for line in read_log(path) if line.get("step", 0) <= first]
     lines.append({"resumed_at": first, **environment()} if lines else {**environment(), "config": public(cfg)})
     save_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -872,13 +864,14 @@ def linear_accuracy(backbone, train, test, cfg):
     frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
     n, device, views = len(train.labels), train.device, Views(("crop", "flip"), cfg.size, (0.08, 1.0))
     queries, answers = extract(backbone, test)
-    if cfg.probe == "cached":
-        cached = [gather_rows(x, n) for x in extract(backbone, train)]
+    if cfg.probe == "cached":  # unit length: few images on one crop each overfit at the scale-bound lr 30
+        features, labels = (gather_rows(x, n) for x in extract(backbone, train))
+        features, queries = F.normalize(features, dim=1), F.normalize(queries, dim=1)
 
     def batches(epoch):  # features [b, d], labels [b]
         order = torch.randperm(n, generator=rng(cfg.seed, "probe order", epoch)).split(cfg.probe_batch)
         if cfg.probe == "cached":
-            yield from ((cached[0][rows], cached[1][rows]) for rows in order)
+            yield from ((features[rows], labels[rows]) for rows in order)
             return
         key = (cfg.seed, "probe views", epoch)
         for rows, (x, y) in zip(order, train.batches(enumerate(order), views, key=key, split=True)):
@@ -920,7 +913,7 @@ IMAGENET = dict(  # A.3.1. The paper's figures: kNN 51.00, linear 67.40
     k=200, probe="crops", probe_optimizer="lars", probe_lr=0.1, probe_batch=4096, probe_epochs=90, baseline=False)
 PATTERNS_RECIPE = {**CIFAR, **dict(  # ours
     alpha=4.0, lam=2.0, epochs=7, batch_size=128, lr=0.5, backbone="resnet10", stem="imagenet",
-    projector=(512, 128), crop_scale=(0.3, 1.0), k=5, probe="cached")}
+    projector=(512, 128), crop_scale=(0.3, 1.0), k=5, probe="cached", probe_lr=10.0)}
 RECIPES = {"patterns": PATTERNS_RECIPE, "cifar10": CIFAR, "cifar100": CIFAR, "imagenet": IMAGENET, "folder": IMAGENET,
            "stl10": {**CIFAR, "stem": "imagenet", "size": 96}}  # ours
 COMMON = dict(loss="balanced", similarity="cosine", drop=[], add=[], limit=None, seed=0, checkpoint=None,
@@ -975,7 +968,7 @@ def parse_flags(argv=None):
     flag("--eval", nargs="*", choices=EVALUATIONS, help="default: all")
     flag("--baseline", action=argparse.BooleanOptionalAction, help="evaluate the untrained backbone as well")
     flag("--k", type=above(0, int), help="nearest neighbours that vote")
-    flag("--probe", choices=("crops", "cached"), help="linear classifier on fresh crops, or on features made once")
+    flag("--probe", choices=("crops", "cached"), help="linear classifier on fresh crops, or on unit-length features made once")
     flag("--probe-optimizer", choices=("sgd", "lars"))
     flag("--probe-epochs", type=above(0, int))
     flag("--probe-batch", type=above(0, int))
@@ -1026,12 +1019,13 @@ def check(cfg):
 
 def run(cfg):
     """Pretrain or resume, evaluate, write results.json, print the table. Returns the exit code."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ:  # started by torchrun
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(backend)
     try:
         train, test = load_data(cfg, device)
         if cfg.epochs and not cfg.checkpoint and len(train.labels) < cfg.batch_size:
@@ -1046,7 +1040,7 @@ def run(cfg):
         encoder = Encoder(cfg.backbone, cfg.stem, cfg.projector, cfg.size)
         return encoder.to(device, memory_format=torch.channels_last)
 
-    encoder, seconds = new_encoder(), 0.0
+    encoder = new_encoder()
     if cfg.checkpoint:
         try:
             encoder.backbone.load_state_dict(read_checkpoint(cfg.checkpoint)["backbone"])
@@ -1059,28 +1053,29 @@ def run(cfg):
         cfg.out.mkdir(parents=True, exist_ok=True)
 
     path = cfg.out / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {"config": public(cfg), "seed": cfg.seed}
+    results = {"config": public(cfg), "seed": cfg.seed, "seconds": 0.0}
+    results.update(json.loads(path.read_text()) if path.exists() else {})
     stages = ["untrained_", ""] if cfg.baseline and cfg.epochs else [""]
     missing = [(stage, name) for name in cfg.eval for stage in stages if stage + name not in results]
     if cfg.epochs and not cfg.checkpoint and (missing or not path.exists()):
-        views = Views(cfg.parts, cfg.size, cfg.crop_scale)
-        results["seconds"] = round(pretrain(encoder, train, views, cfg, device, cfg.out), 1)
+        results["seconds"] = round(pretrain(encoder, train, cfg), 1)
     elif rank() == 0 and not path.exists():
-        open_log(cfg.out / "log.jsonl", cfg, 0).close()
+        open_log(cfg, 0).close()
     if (train.labels < 0).any():  # STL-10: only pretraining uses images without a label
         keep = train.labels >= 0
         train = InMemory(train.pixels[keep.to(device)], train.labels[keep], train.classes, device)
     for stage, name in missing:
         backbone = (new_encoder() if stage else encoder).backbone
         results[stage + name] = EVALUATIONS[name](backbone, train, test, cfg)
+        if rank() == 0:  # after each one: on ImageNet an evaluation takes hours
+            save_atomically(path, json.dumps(results, indent=1) + "\n")
     if rank() == 0:
-        save_atomically(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
         titles = {"knn": f"kNN, k={min(cfg.k, len(train.labels))}", "linear": f"linear, {cfg.probe_optimizer.upper()}"}
         heads = ["untrained" if stage or not cfg.epochs else "trained" for stage in stages]
         print("".join(f"{text:>20}" for text in ["top-1 on test, %", *heads]))
         for name in cfg.eval:
             print("".join(f"{text:>20}" for text in [titles[name], *(f"{results[s + name]:.2f}" for s in stages)]))
-    if world_size() > 1:
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     recipe = {**COMMON, **RECIPES["patterns"], "seed": cfg.seed, "eval": cfg.eval}
     if cfg.dataset == "patterns" and "knn" in cfg.eval and all(getattr(cfg, key) == recipe[key] for key in recipe):
