@@ -25,7 +25,6 @@ Map, in the order of use:
 """
 import argparse
 import copy
-import functools
 import hashlib
 import json
 import math
@@ -34,6 +33,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -120,7 +120,6 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_
         repel = torch.logsumexp((alpha * s).masked_fill(kept_out, -math.inf), dim=1) / alpha
         return (lam * repel - positive).mean()
 
-
 def generalized_nt_xent_loss(z1, z2, alpha, lam, similarity="cosine"):
     """Generalized NT-Xent loss (Section 6): Eq. 17 with the positive also in the log-sum-exp.
 
@@ -129,7 +128,6 @@ def generalized_nt_xent_loss(z1, z2, alpha, lam, similarity="cosine"):
     """
     return balanced_contrastive_loss(z1, z2, alpha, lam, similarity, repel_positive=True)
 
-
 def nscl_loss(z1, z2, labels, alpha, lam, similarity="cosine"):
     """Negatives-only supervised loss (arXiv 2506.04411): Eq. 17, repelling other classes only.
 
@@ -137,7 +135,6 @@ def nscl_loss(z1, z2, labels, alpha, lam, similarity="cosine"):
     image of another class in the batch is a ValueError.
     """
     return balanced_contrastive_loss(z1, z2, alpha, lam, similarity, labels=labels)
-
 
 def loss_floor(m, alpha, lam, repel_positive=False):
     """The smallest value that the loss of m ≥ 2 images can take under cosine similarity.
@@ -156,14 +153,12 @@ def loss_floor(m, alpha, lam, repel_positive=False):
     a, b = alpha * P, math.log(K) - alpha * (1 + P) / K  # log of the positive's and negatives' mass
     return -P + lam / alpha * (max(a, b) + math.log1p(math.exp(-abs(a - b))))
 
-
 LOSSES = {"balanced": balanced_contrastive_loss, "ntxent": generalized_nt_xent_loss}
 
 
 # ------------------------------------------ views ----------------------------------------------
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, also for CIFAR (A.4.1)
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma, as torchvision
-
 
 class Views:
     """T, the distribution of augmentations: its parts, in their order of application.
@@ -177,30 +172,29 @@ class Views:
 
     def draw(self, n, generator):
         """t₁ … tₙ ~ T: {part: [n, ...]} on the CPU. No pixel is touched, no image size is needed."""
-        def rand(*shape, low=0.0, high=1.0):
+        def uniform(low, high, *shape):
             return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
-        def with_probability(p, value, otherwise):
-            chosen = (rand() < p).view(n, *[1] * (value.dim() - 1))
+        def maybe(p, value, otherwise):  # `value` with probability p
+            chosen = (uniform(0, 1) < p).view(n, *[1] * (value.dim() - 1))
             return torch.where(chosen, value, value.new_tensor(otherwise))
 
-        def jitter():  # factors of brightness, contrast, saturation, hue; and a random order of them
-            factor = torch.cat([rand(3, low=0.6, high=1.4), rand(1, low=-0.1, high=0.1)], 1)
-            return torch.stack([factor, with_probability(0.8, rand(4).argsort(1), -1)], 1)
-
         draws = {
-            # RandomResizedCrop: ten candidates (area, width/height, top, left), in fractions
-            "crop": lambda: torch.stack([rand(10, low=self.crop_scale[0], high=self.crop_scale[1]),
-                                         rand(10, low=math.log(3 / 4), high=math.log(4 / 3)).exp(),
-                                         rand(10), rand(10)], 2),  # [n, 10, 4]
-            "flip": lambda: rand() < 0.5,
-            "color_jitter": jitter,  # [n, 2, 4]; order −1: this image is left alone
-            "grayscale": lambda: rand() < 0.2,
-            "gaussian_blur": lambda: with_probability(0.5, rand(low=0.1, high=2.0), 0.0),  # σ, pixels
+            # RandomResizedCrop: ten candidates (area, width/height, top, left), in fractions: [n, 10, 4]
+            "crop": lambda: torch.stack([uniform(*self.crop_scale, 10),
+                                         uniform(math.log(3 / 4), math.log(4 / 3), 10).exp(),
+                                         uniform(0, 1, 10), uniform(0, 1, 10)], 2),
+            "flip": lambda: uniform(0, 1) < 0.5,
+            # factors of brightness, contrast, saturation, hue; and their order, −1 for none: [n, 2, 4]
+            "color_jitter": lambda: torch.stack([
+                torch.cat([uniform(0.6, 1.4, 3), uniform(-0.1, 0.1, 1)], 1),
+                maybe(0.8, uniform(0, 1, 4).argsort(1), -1)], 1),
+            "grayscale": lambda: uniform(0, 1) < 0.2,
+            "gaussian_blur": lambda: maybe(0.5, uniform(0.1, 2.0), 0.0),  # σ in pixels
             # The paper names the next three without parameters: chosen here, see README.
-            "random_cutout": lambda: with_probability(0.5, rand(2), -1.0),  # centre, in fractions
-            "random_rotation": lambda: rand(high=4).long(),  # quarter turns
-            "gaussian_noise": lambda: with_probability(0.5, 0.1 * torch.randn(
+            "random_cutout": lambda: maybe(0.5, uniform(0, 1, 2), -1.0),  # centre, in fractions
+            "random_rotation": lambda: uniform(0, 4).long(),  # quarter turns
+            "gaussian_noise": lambda: maybe(0.5, 0.1 * torch.randn(
                 n, 3, self.size, self.size, generator=generator), 0.0),
         }
         return {part: draws[part]() for part in self.parts}
@@ -209,17 +203,14 @@ class Views:
         """x: [n, 3, H, W] uint8 -> t(x): [n, 3, size, size] float32, normalised."""
         x = x.float() / 255
         for part, value in t.items():
-            value = value.to(x.device)
             if part == "crop":
-                x = crop_resize(x, crop_box(value, *x.shape[-2:]), self.size)
+                x = crop_resize(x, crop_box(value, *x.shape[-2:]).to(x.device), self.size)
             else:
-                x = OPERATIONS[part](x, value)
+                x = OPERATIONS[part](x, value.to(x.device))
         return normalize(x)
-
 
 def normalize(x):
     return (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
-
 
 def crop_box(t, height, width):
     """t: [n, 10, 4] -> [n, 4] (top, left, height, width), whole pixels: the first candidate that
@@ -234,7 +225,6 @@ def crop_box(t, height, width):
     box = torch.cat([box, central.expand(len(t), 1, 4)], 1)  # an eleventh, which always fits
     fits = (box[..., 2] <= height) & (box[..., 3] <= width)
     return box[torch.arange(len(t)), fits.int().argmax(1)].long()
-
 
 def crop_resize(x, box, size):
     """x: [n, 3, H, W], box: [n, 4] -> [n, 3, size, size], antialiased bilinear.
@@ -253,14 +243,11 @@ def crop_resize(x, box, size):
     x = x.flatten(1, 2) @ weights(left, w, width).mT  # [n, 3·H, size]
     return weights(top, h, height)[:, None] @ x.view(n, 3, height, size)
 
-
 def gray(x):
     return (x * x.new_tensor(GRAY)[:, None, None]).sum(-3, keepdim=True)
 
-
 def blend(x, other, factor):
     return (factor * x + (1 - factor) * other).clamp(0, 1)
-
 
 def shift_hue(x, shift):
     """x: [..., 3, H, W]; shift in turns of the colour circle (HSV, as torchvision)."""
@@ -271,7 +258,6 @@ def shift_hue(x, shift):
                       torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))  # sixths
     k = (x.new_tensor([5, 3, 1])[:, None, None] + (hue.unsqueeze(-3) + 6 * shift)) % 6
     return value.unsqueeze(-3) - chroma.unsqueeze(-3) * torch.minimum(k, 4 - k).clamp(0, 1)
-
 
 def color_jitter(x, t):
     adjust = (lambda x, f: blend(x, 0, f),  # brightness
@@ -284,7 +270,6 @@ def color_jitter(x, t):
             i = (order[:, turn] == kind).nonzero().squeeze(1)
             x[i] = adjust[kind](x[i], factor[i, kind, None, None, None])
     return x
-
 
 def gaussian_blur(x, sigma, radius=11):
     """x: [n, 3, S, S], sigma: [n] (0: untouched). Kernel of 2·radius + 1 pixels, reflected borders:
@@ -303,7 +288,6 @@ def gaussian_blur(x, sigma, radius=11):
     x[i] = blur[:, None] @ x[i] @ blur[:, None].mT
     return x
 
-
 def random_cutout(x, centre):
     """A square of half the side around `centre` [n, 2], cut at the border, becomes the mean colour."""
     size = x.shape[-1]
@@ -312,13 +296,11 @@ def random_cutout(x, centre):
     hole = inside[:, None, 0, :, None] & inside[:, None, 1, None, :]
     return torch.where(hole, x.new_tensor(MEAN)[:, None, None], x)
 
-
 def random_rotation(x, quarter_turns):
     for turns in (1, 2, 3):
         i = (quarter_turns == turns).nonzero().squeeze(1)
         x[i] = x[i].rot90(turns, (-2, -1))
     return x
-
 
 OPERATIONS = {  # images [n, 3, S, S] in [0, 1], parameters [n, ...] -> images
     "flip": lambda x, chosen: torch.where(chosen[:, None, None, None], x.flip(-1), x),
@@ -340,12 +322,10 @@ class UserError(Exception):
     def __init__(self, message):  # from a DataLoader worker it arrives at the end of a traceback
         super().__init__(str(message).strip().splitlines()[-1].split("UserError: ")[-1])
 
-
 def rng(*key):
     """A CPU generator that is a pure function of its key, so no generator state is ever saved."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
 
 class InMemory:
     """Small images: uint8 pixels [N, 3, S, S] on the device, augmented there in batches."""
@@ -369,7 +349,6 @@ class InMemory:
                 t = {part: value.unflatten(0, (n, len(rows)))[:, mine].flatten(0, 1) for part, value in t.items()}
                 x = views.apply(x.repeat(n, 1, 1, 1), t)
             yield x.contiguous(memory_format=torch.channels_last), self.labels[rows[mine]].to(self.device)
-
 
 class OnDisk(torch.utils.data.Dataset):
     """Large images in files: worker processes decode and crop, the device does the rest."""
@@ -405,7 +384,6 @@ class OnDisk(torch.utils.data.Dataset):
                  for top, left, h, w in boxes]  # antialiased
         return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), t, self.labels[row]
 
-
 def read_image(path):
     try:
         with Image.open(path) as image:
@@ -413,28 +391,22 @@ def read_image(path):
     except Exception as error:  # Pillow raises many kinds on corrupt files
         raise UserError(f"cannot read the image {path}: {error}") from None
 
-
 def load_data(cfg, device):
     """[training images, test images] of cfg.dataset in cfg.data; the README shows the layouts.
 
     Label −1 marks an image without one (STL-10): pretraining uses it, evaluation does not.
     """
-    on_disk, root, classes, data = cfg.dataset in ("imagenet", "folder"), cfg.data, None, []
+    root, on_disk, data = cfg.data, cfg.dataset in ("imagenet", "folder"), []
     if cfg.dataset == "patterns":
         parts = [(*draw_patterns(4096, "train"), list(PATTERNS)), (*draw_patterns(2000, "test"), list(PATTERNS))]
-    elif (root / "train").is_dir():
-        tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
-        if not tests:
-            raise UserError(f"{root} has train/ but neither test/ nor val/")
-        parts = [class_folders(root / "train")]
-        parts.append(class_folders(tests[0], parts[0][2]))
-    elif on_disk:
-        raise UserError(f"{root}/train does not exist: put class folders into {root}/train and {root}/val, or "
-                        f"name another place with --data")
+    elif on_disk or (root / "train").is_dir():
+        parts = [class_folders(root, "train"), class_folders(root, "test" if (root / "test").is_dir() else "val")]
+        if differ := set(parts[0][2]) ^ set(parts[1][2]):
+            raise UserError(f"{root}: the class {min(differ)} is not among both the training and the test images")
     else:
         parts = torchvision_data(cfg.dataset, root)
     for images, labels, classes in parts:
-        if not data and cfg.limit:  # the training images
+        if cfg.limit and not data:  # the training images
             keep = balanced_subset(labels, cfg.limit)
             images, labels = [images[i] for i in keep] if isinstance(images, list) else images[keep], labels[keep]
         if on_disk:
@@ -444,23 +416,17 @@ def load_data(cfg, device):
             data.append(InMemory(images, labels, classes, device))
     return data
 
-
-def class_folders(root, classes=None):
-    """root/<class>/<image> -> (paths, labels [N], classes); `classes` are the training images'."""
-    found = sorted(d.name for d in os.scandir(root) if d.is_dir() and not d.name.startswith("."))
-    foreign = set(found) - set(classes or found)
-    if not found or foreign:
-        raise UserError(f"{root} has a class that train/ lacks: {min(foreign)}" if foreign else
-                        f"{root} holds no class folders")
-    classes, readable, paths, labels = classes or found, tuple(Image.registered_extensions()), [], []
-    for name in found:
-        files = sorted(f.path for f in os.scandir(root / name) if f.name.lower().endswith(readable))
-        if not files:
-            raise UserError(f"the class folder {root / name} holds no image")
-        paths += files
-        labels += [classes.index(name)] * len(files)
-    return paths, torch.tensor(labels), classes
-
+def class_folders(root, split):
+    """root/split/<class>/<image> -> (paths, labels [N], classes)."""
+    if not (root / split).is_dir():
+        raise UserError(f"{root / split} does not exist: put class folders into {root}/train and {root}/val (or "
+                        f"test), or name another place with --data")
+    try:
+        found = torchvision.datasets.DatasetFolder(root / split, None, tuple(Image.registered_extensions()))
+    except FileNotFoundError as error:  # no class, or one without an image
+        raise UserError(f"{root / split}: {str(error).split('. ')[0]}") from None
+    paths, labels = zip(*found.samples)
+    return list(paths), torch.tensor(labels), found.classes
 
 def decode_all(paths, size):
     pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
@@ -471,7 +437,6 @@ def decode_all(paths, size):
                             f"{size}×{size}; --dataset folder takes any size")
         pixels[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return pixels
-
 
 def torchvision_data(dataset, root):
     """CIFAR-10, CIFAR-100 or STL-10 in torchvision's layout, downloaded if it is not there."""
@@ -489,7 +454,6 @@ def torchvision_data(dataset, root):
         return [(torch.from_numpy(p.data), torch.from_numpy(p.labels).long(), p.classes) for p in parts]
     return [(torch.from_numpy(p.data).permute(0, 3, 1, 2), torch.tensor(p.targets), p.classes) for p in parts]
 
-
 def balanced_subset(labels, n):
     """Rows of n images, as equal in number per class as can be; the same ones whatever the seed."""
     if n > len(labels):
@@ -501,7 +465,6 @@ def balanced_subset(labels, n):
         turn[rows] = torch.arange(len(rows)).float()
     return turn.argsort(stable=True)[:n].sort().values
 
-
 PATTERNS = {  # by two coordinates u, v and a distance r, all in radians
     "stripes": lambda u, v, r: u.sin(),
     "checks": lambda u, v, r: u.sin() * v.sin(),
@@ -512,7 +475,6 @@ PATTERNS = {  # by two coordinates u, v and a distance r, all in radians
     "triangles": lambda u, v, r: (u / 5) % 2 - 2 * ((v / 5) % 2 - 1).abs(),
     "spokes": lambda u, v, r: (6 * torch.atan2(u, v)).sin(),
 }
-
 
 def draw_patterns(n, split):
     """n drawn images of eight kinds of pattern: uint8 [n, 3, 32, 32], labels [n].
@@ -564,7 +526,6 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         x = x * (var + self.eps).rsqrt().view(shape)
         return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
 
-
 class Encoder(nn.Module):
     """f: the backbone, which is evaluated, and the projector, whose output the loss sees."""
 
@@ -580,7 +541,6 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         return self.projector(self.backbone(x))
-
 
 def build_backbone(name, stem, size):
     """(backbone, width of its features). Its weights fit torchvision.models.<name>, all but fc."""
@@ -602,27 +562,22 @@ def build_backbone(name, stem, size):
 def world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-
 def rank():
     return dist.get_rank() if world_size() > 1 else 0
-
 
 def barrier():
     if world_size() > 1:
         dist.barrier()
 
-
 def share(n):
     """This rank's rows of n. Left without any it repeats the first, which gather_rows drops."""
     return slice(rank(), n, world_size()) if rank() < n else slice(1)
-
 
 def gather_rows(x, n):
     """The shares of all ranks -> the n rows in their order, on every rank."""
     longest = math.ceil(n / world_size())
     x = F.pad(x[:longest], [0, 0] * (x.dim() - 1) + [0, longest - len(x)])
     return torch.stack(gather(x), 1).flatten(0, 1)[:n]
-
 
 def gather(x):
     """[x of rank 0, x of rank 1, …], without gradient; all of one shape."""
@@ -632,9 +587,8 @@ def gather(x):
     dist.all_gather(parts, x.contiguous())
     return parts
 
-
 class SumOverRanks(torch.autograd.Function):
-    """all_reduce. Every rank's loss depends on the sum, so the gradients are summed as well."""
+    """all_reduce, forwards and backwards: where all ranks use a sum, their gradients sum as well."""
 
     @staticmethod
     def forward(ctx, x):
@@ -642,28 +596,24 @@ class SumOverRanks(torch.autograd.Function):
         dist.all_reduce(x)
         return x
 
-    @staticmethod
-    def backward(ctx, grad):
-        return SumOverRanks.forward(ctx, grad)
-
+    backward = forward
 
 def distribute(encoder, device):
     """The module whose forward trains `encoder`, whose parameters stay where they are."""
     if world_size() == 1:
         return encoder
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1×1 kernels, where strides mean nothing
     gpu = device.type == "cuda"
     encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder) if gpu else encoder
-    return nn.parallel.DistributedDataParallel(encoder, [device] if gpu else None, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(encoder, [device] if gpu else None)
 
 
 # ------------------------------------------ pretraining ----------------------------------------
 def cosine_lr(peak, step, total):
     return peak * 0.5 * (1 + math.cos(math.pi * step / total))
 
-
 def autocast(device):
     return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
-
 
 def pretrain(encoder, data, cfg):
     """Train `encoder` by SGD, continuing from last.pt in cfg.out if it is there. Returns the seconds taken."""
@@ -690,46 +640,47 @@ def pretrain(encoder, data, cfg):
             yield step, shuffled[place * m:][:m]
 
     model.train()
-    started = saved = logged = time.perf_counter()
-    views = Views(cfg.parts, cfg.size, cfg.crop_scale)
+    started = saved = time.perf_counter()
+    logged, views = (first, started), Views(cfg.parts, cfg.size, cfg.crop_scale)
     batches = data.batches(order(), views, n=2, key=(cfg.seed, "views"), split=True)
     for step, (x, _) in enumerate(batches, first + 1):  # step: how many are done when this one is
+        lr = cosine_lr(cfg.lr, step - 1, total)
         for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(cfg.lr, step - 1, total)
+            group["lr"] = lr
         with autocast(data.device):
             z1, z2 = model(x).chunk(2)  # both views in one pass: x [2·m/world, 3, S, S]
         loss = LOSSES[cfg.loss](z1, z2, cfg.alpha, cfg.lam, cfg.similarity)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        if step % 10 and step % per_epoch:
+            continue
 
-        if step % 10 == 0 or step == total:
-            loss = torch.stack(gather(loss.detach())).mean().item()
-            if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {step}: lower --lr; {last} is of before")
-            now, above = time.perf_counter(), loss - floor if cfg.similarity == "cosine" else None
-            if rank() == 0:
-                speed = min(10, step - first) * m / (now - logged)
-                line = {"step": step, "epoch": step / per_epoch, "loss": loss, "above_floor": above,
-                        "lr": optimizer.param_groups[0]["lr"], "images_per_second": round(speed, 1)}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                if sys.stderr.isatty():
-                    left = (now - started) / (step - first) * (total - step)
-                    print(f"\repoch {step / per_epoch:.1f}/{cfg.epochs}  loss {loss:.4f}  " +
-                          (f"({above:.4f} above its floor)  " if above is not None else "") +
-                          f"lr {line['lr']:.4f}  {speed:.0f} images/s  {left / 60:.0f} min left  ",
-                          end="\n" if step == total else "", file=sys.stderr, flush=True)
-            logged = now
-        if rank() == 0 and (step % per_epoch == 0 or time.perf_counter() - saved > 600):
-            saved = time.perf_counter()
+        loss = torch.stack(gather(loss.detach())).mean().item()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {step}: lower --lr; {last} is from before")
+        if rank() > 0:
+            continue
+        now = time.perf_counter()
+        above = loss - floor if cfg.similarity == "cosine" else None
+        speed, left = (step - logged[0]) * m / (now - logged[1]), (now - started) / (step - first) * (total - step)
+        logged = step, now
+        line = {"step": step, "epoch": step / per_epoch, "loss": loss, "above_floor": above, "lr": lr}
+        log.write(json.dumps({**line, "images_per_second": round(speed, 1)}) + "\n")
+        log.flush()
+        if sys.stderr.isatty():
+            gap = "" if above is None else f" ({above:.4f} above its floor)"
+            print(f"\repoch {step / per_epoch:.1f}/{cfg.epochs}  loss {loss:.4f}{gap}  lr {lr:.4f}  "
+                  f"{speed:.0f} images/s  {left / 60:.0f} min left  ",
+                  end="" if step < total else "\n", file=sys.stderr, flush=True)
+        if step % per_epoch == 0 or now - saved > 600:  # each epoch, and in long ones each ten minutes
+            saved = now
             save_atomically(last, {
                 "backbone": encoder.backbone.state_dict(), "projector": encoder.projector.state_dict(),
                 "optimizer": optimizer.state_dict(), "step": step, "config": public(cfg),
-                "seconds": seconds + saved - started})
+                "seconds": seconds + now - started})
     barrier()
     return seconds + time.perf_counter() - started
-
 
 def save_atomically(path, value):
     """Text, or what torch.save takes. A kill or a full disk leaves the old file whole."""
@@ -740,13 +691,11 @@ def save_atomically(path, value):
         os.fsync(file.fileno())
     os.replace(draft, path)
 
-
 def read_checkpoint(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes of the unpickler
         raise UserError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from None
-
 
 def open_log(cfg, first):
     """log.jsonl for appending after step `first`; lines of steps that will be made again are dropped."""
@@ -755,7 +704,6 @@ def open_log(cfg, first):
     lines.append({"resumed_at": first, **environment()} if lines else {**environment(), "config": public(cfg)})
     save_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
     return open(path, "a")
-
 
 def read_log(path):
     """The lines of a log; one that a kill cut short ends it."""
@@ -767,17 +715,14 @@ def read_log(path):
             break
     return lines
 
-
 def environment():
-    def git(*command):
-        done = subprocess.run(["git", "-C", Path(__file__).resolve().parent, *command], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
+    """What else decides the figures: the first line of every log."""
+    git = subprocess.run("git describe --always --abbrev=40 --dirty", shell=True, cwd=Path(__file__).resolve().parent,
+                         capture_output=True, text=True)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"argv": sys.argv, "git": git("rev-parse", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")), "world_size": world_size(),
-            "versions": {"python": platform.python_version(), **{
-                module.__name__: module.__version__ for module in (torch, torchvision, np)}},
+    return {"argv": sys.argv, "git": git.stdout.strip() or None, "world_size": world_size(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__, "numpy": np.__version__},
             "hardware": gpus or f"{os.cpu_count()} CPU cores, {platform.machine()}",
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
@@ -794,7 +739,6 @@ def extract(backbone, data, batch=512):
             features.append(backbone(x).float())
         labels.append(y)
     return torch.cat(features), torch.cat(labels)
-
 
 @torch.no_grad()
 def knn_predict(train_features, train_labels, test_features, k, *, split=False):
@@ -826,14 +770,12 @@ def knn_predict(train_features, train_labels, test_features, k, *, split=False):
         predicted.append((votes * (k + 1) - first).argmax(1))  # most votes, then the nearest
     return torch.cat(predicted)
 
-
 def knn_accuracy(backbone, train, test, cfg):
     """Top-1 in % on the test images, with all training images as the bank, split over the ranks."""
     bank, labels = extract(backbone, train)
     queries, answers = (gather_rows(x, len(test.labels)) for x in extract(backbone, test))
     predicted = knn_predict(bank, labels, queries, min(cfg.k, len(train.labels)), split=True)
     return 100 * (predicted == answers).double().mean().item()
-
 
 class LARS(torch.optim.Optimizer):
     """SGD with momentum, each weight matrix's step scaled by trust·‖w‖/‖gradient‖ (You et al., 2017).
@@ -854,14 +796,13 @@ class LARS(torch.optim.Optimizer):
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 p.sub_(group["lr"] * buffer.mul_(group["momentum"]).add_(update))
 
-
 def linear_accuracy(backbone, train, test, cfg):
     """Top-1 in % of a linear classifier on the frozen backbone (A.3.1, A.4.1).
 
     Each rank passes its share of a batch through the backbone, then all make the same step of the
     classifier with the gathered features: its accuracy does not depend on the number of ranks.
     """
-    frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
+    frozen = {name: value.clone() for name, value in backbone.eval().state_dict().items()}
     n, device, views = len(train.labels), train.device, Views(("crop", "flip"), cfg.size, (0.08, 1.0))
     queries, answers = extract(backbone, test)
     if cfg.probe == "cached":  # unit length: few images on one crop each overfit at the scale-bound lr 30
@@ -883,8 +824,8 @@ def linear_accuracy(backbone, train, test, cfg):
     probe.weight.data = 0.01 * torch.randn(probe.weight.shape, generator=rng(cfg.seed, "probe")).to(device)
     probe.bias.data.zero_()
     peak, total = cfg.probe_lr * cfg.probe_batch / 256, cfg.probe_epochs * math.ceil(n / cfg.probe_batch)
-    sgd = functools.partial(torch.optim.SGD, momentum=0.9)
-    optimizer, step = {"sgd": sgd, "lars": LARS}[cfg.probe_optimizer](probe.parameters(), lr=peak), 0
+    optimizer, step = {"sgd": torch.optim.SGD, "lars": LARS}[cfg.probe_optimizer](
+        probe.parameters(), lr=peak, momentum=0.9), 0
     for epoch in range(cfg.probe_epochs):
         for x, y in batches(epoch):
             optimizer.param_groups[0]["lr"] = cosine_lr(peak, step, total)
@@ -896,7 +837,6 @@ def linear_accuracy(backbone, train, test, cfg):
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, frozen[name]), f"probing changed the backbone: {name}"
     return 100 * correct.double().mean().item()
-
 
 EVALUATIONS = {"knn": knn_accuracy, "linear": linear_accuracy}
 
@@ -920,17 +860,14 @@ COMMON = dict(loss="balanced", similarity="cosine", drop=[], add=[], limit=None,
               compile=False, eval=list(EVALUATIONS))
 NOT_IDENTITY = ("data", "out", "eval", "workers", "compile")  # a rerun may change these
 
-
 def public(cfg):
     """What makes a run this run, as it is logged."""
     return json.loads(json.dumps({key: value for key, value in vars(cfg).items() if key not in NOT_IDENTITY},
                       default=str))
 
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
-
 
 def above(low, kind):
     def parse(text):
@@ -939,7 +876,6 @@ def above(low, kind):
         return value
     parse.__name__ = kind.__name__  # for argparse's own "invalid int value"
     return parse
-
 
 def parse_flags(argv=None):
     """The configuration: the recipe of the data set (or the checkpoint's), overridden by the flags given."""
@@ -968,7 +904,7 @@ def parse_flags(argv=None):
     flag("--eval", nargs="*", choices=EVALUATIONS, help="default: all")
     flag("--baseline", action=argparse.BooleanOptionalAction, help="evaluate the untrained backbone as well")
     flag("--k", type=above(0, int), help="nearest neighbours that vote")
-    flag("--probe", choices=("crops", "cached"), help="linear classifier on fresh crops, or on unit-length features made once")
+    flag("--probe", choices=("crops", "cached"), help="linear classifier on fresh crops, or on features made once")
     flag("--probe-optimizer", choices=("sgd", "lars"))
     flag("--probe-epochs", type=above(0, int))
     flag("--probe-batch", type=above(0, int))
@@ -988,12 +924,13 @@ def parse_flags(argv=None):
                              "workers": min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), **given})
     dropped = [part for name in cfg.drop for part in DROPPABLE[name]]
     cfg.parts = (*(part for part in RECIPES[dataset]["parts"] if part not in dropped), *cfg.add)
-    if "out" not in given:
-        name = f"{dataset}-{cfg.loss}-a{cfg.alpha:g}-l{cfg.lam:g}-s{cfg.seed}"
-        cfg.out = Path("runs", f"eval-{cfg.checkpoint.resolve().parent.name}" if cfg.checkpoint else name)
+    if "out" not in given:  # named by the flags that make the run what it is
+        named = {k: v for k, v in given.items() if k not in ("dataset", "checkpoint", *NOT_IDENTITY)}
+        named.update({"of": cfg.checkpoint.resolve().parent.name} if cfg.checkpoint else {})
+        cfg.out = Path("runs", "_".join([dataset, *(
+            f"{k}={'+'.join(v) if isinstance(v, list) else v}" for k, v in named.items())]))
     check(cfg)
     return cfg
-
 
 def check(cfg):
     """Refuse what is wrong whatever the images are, before any work is done."""
@@ -1015,7 +952,6 @@ def check(cfg):
             if line["config"].get(key) != value:
                 raise UserError(f"--out {cfg.out} holds a run with {key} {line['config'].get(key)}, not {value}: "
                                 f"choose another directory")
-
 
 def run(cfg):
     """Pretrain or resume, evaluate, write results.json, print the table. Returns the exit code."""
@@ -1040,6 +976,10 @@ def run(cfg):
         encoder = Encoder(cfg.backbone, cfg.stem, cfg.projector, cfg.size)
         return encoder.to(device, memory_format=torch.channels_last)
 
+    def save():
+        if rank() == 0:
+            save_atomically(path, json.dumps(results, indent=1) + "\n")
+
     encoder = new_encoder()
     if cfg.checkpoint:
         try:
@@ -1055,7 +995,8 @@ def run(cfg):
     path = cfg.out / "results.json"
     results = {"config": public(cfg), "seed": cfg.seed, "seconds": 0.0}
     results.update(json.loads(path.read_text()) if path.exists() else {})
-    stages = ["untrained_", ""] if cfg.baseline and cfg.epochs else [""]
+    stages = {"untrained_": "untrained", "": "trained"} if cfg.baseline and cfg.epochs else {
+        "": "trained" if cfg.epochs else "untrained"}
     missing = [(stage, name) for name in cfg.eval for stage in stages if stage + name not in results]
     if cfg.epochs and not cfg.checkpoint and (missing or not path.exists()):
         results["seconds"] = round(pretrain(encoder, train, cfg), 1)
@@ -1064,15 +1005,14 @@ def run(cfg):
     if (train.labels < 0).any():  # STL-10: only pretraining uses images without a label
         keep = train.labels >= 0
         train = InMemory(train.pixels[keep.to(device)], train.labels[keep], train.classes, device)
+    save()
     for stage, name in missing:
         backbone = (new_encoder() if stage else encoder).backbone
         results[stage + name] = EVALUATIONS[name](backbone, train, test, cfg)
-        if rank() == 0:  # after each one: on ImageNet an evaluation takes hours
-            save_atomically(path, json.dumps(results, indent=1) + "\n")
+        save()  # after each one: on ImageNet an evaluation takes hours
     if rank() == 0:
         titles = {"knn": f"kNN, k={min(cfg.k, len(train.labels))}", "linear": f"linear, {cfg.probe_optimizer.upper()}"}
-        heads = ["untrained" if stage or not cfg.epochs else "trained" for stage in stages]
-        print("".join(f"{text:>20}" for text in ["top-1 on test, %", *heads]))
+        print("".join(f"{text:>20}" for text in ["top-1 on test, %", *stages.values()]))
         for name in cfg.eval:
             print("".join(f"{text:>20}" for text in [titles[name], *(f"{results[s + name]:.2f}" for s in stages)]))
     if dist.is_available() and dist.is_initialized():
@@ -1086,7 +1026,6 @@ def run(cfg):
         return 0 if good else 1
     return 0
 
-
 def main(argv=None):
     try:
         sys.exit(run(parse_flags(argv)))
@@ -1094,7 +1033,6 @@ def main(argv=None):
         if os.environ.get("RANK", "0") == "0" or world_size() > 1:
             print(f"balcon: {error}", file=sys.stderr)
         sys.exit(2)
-
 
 if __name__ == "__main__":
     main()

@@ -356,7 +356,8 @@ def test_other_operations_are_torchvisions(images):
         assert torch.allclose(y, TF.erase(x, i, j, i2 - i, j2 - j, mean) if a >= 0 else x)
     noise = 0.1 * torch.randn(square.shape, generator=torch.Generator().manual_seed(3))
     torch.manual_seed(3)
-    assert torch.allclose(balcon.OPERATIONS["gaussian_noise"](square, noise), TF.gaussian_noise(square, sigma=0.1), atol=1e-5)
+    got = balcon.OPERATIONS["gaussian_noise"](square, noise)
+    assert torch.allclose(got, TF.gaussian_noise(square, sigma=0.1), atol=1e-5)
     assert torch.allclose(balcon.normalize(images), TF.normalize(images, balcon.MEAN, balcon.STD), atol=1e-5)
 
 
@@ -425,7 +426,7 @@ def photos(tmp_path):
 
 
 def test_every_world_size_sees_the_same_views(monkeypatch, photos):
-    paths, labels, classes = balcon.class_folders(photos / "train")
+    paths, labels, classes = balcon.class_folders(photos, "train")
     memory = balcon.InMemory(torch.randint(0, 256, (18, 3, 8, 8), dtype=torch.uint8), labels, classes, CPU)
     disk = balcon.OnDisk(paths, labels, classes, CPU, 8, workers=0)
     views, order = balcon.Views(ALL_PARTS, 8, (0.2, 1)), [(7, torch.randperm(18)[:9]), (8, torch.arange(2))]
@@ -447,7 +448,7 @@ def test_every_world_size_sees_the_same_views(monkeypatch, photos):
 
 # ------------------------------------------ data and model -------------------------------------
 def test_images_on_disk(photos):
-    paths, labels, classes = balcon.class_folders(photos / "train")
+    paths, labels, classes = balcon.class_folders(photos, "train")
     assert classes == sorted(["Katze", "犬", "ptak"]) and labels.bincount().tolist() == [6, 6, 6]
     data = balcon.OnDisk(paths, labels, classes, CPU, 16, workers=2)
     (x, y), = data.batches([(0, torch.arange(18))])
@@ -460,7 +461,7 @@ def test_images_on_disk(photos):
 
 
 def test_crops_on_disk_are_the_crops_in_memory(photos):
-    paths, labels, classes = balcon.class_folders(photos / "train")
+    paths, labels, classes = balcon.class_folders(photos, "train")
     views = balcon.Views(("crop",), 16, (0.2, 1))
     (x, _), = balcon.OnDisk(paths, labels, classes, CPU, 16, 0).batches([(3, torch.tensor([4]))], views, 2, ("k",))
     t = views.draw(2, balcon.rng("k", 3, 4))
@@ -499,14 +500,16 @@ def test_projectors_are_the_papers():
     def layers(recipe):
         r = balcon.RECIPES[recipe]
         net = balcon.Encoder(r["backbone"], r["stem"], r["projector"], r["size"])
-        return net, [type(layer).__name__ + (f" {layer.in_features}→{layer.out_features}" if hasattr(layer, "in_features")
-                                             else "") for layer in net.projector]
+        return net, [type(layer).__name__ + (f" {layer.in_features}→{layer.out_features}"
+                                             if isinstance(layer, torch.nn.Linear) else "")
+                     for layer in net.projector]
     net, projector = layers("cifar10")
     assert projector == ["Linear 512→2048", "BatchNorm", "ReLU", "Linear 2048→2048", "BatchNorm"]
     conv = net.backbone.conv1
     assert (conv.kernel_size, conv.stride, type(net.backbone.maxpool)) == ((3, 3), (1, 1), torch.nn.Identity)
     assert net.backbone.layer1(net.backbone.maxpool(net.backbone.conv1(torch.randn(1, 3, 32, 32)))).shape[-1] == 32
-    assert layers("imagenet")[1] == ["Linear 2048→2048", "BatchNorm", "ReLU"] * 2 + ["Linear 2048→2048", "BatchNorm"]
+    linear = "Linear 2048→2048"
+    assert layers("imagenet")[1] == [linear, "BatchNorm", "ReLU", linear, "BatchNorm", "ReLU", linear, "BatchNorm"]
 
 
 # ------------------------------------------ evaluation -----------------------------------------
@@ -596,7 +599,8 @@ def test_linear_probe_is_softmax_regression():
     assert got == pytest.approx(expected) and 40 < got < 100
 
 
-@pytest.mark.parametrize("probe, optimizer, enough", [("crops", "sgd", 60), ("crops", "lars", 0), ("cached", "lars", 0)])
+@pytest.mark.parametrize("probe, optimizer, enough", [
+    ("crops", "sgd", 60), ("crops", "lars", 0), ("cached", "lars", 0)])
 def test_probe_leaves_the_backbone_alone(probe, optimizer, enough):
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
     before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -651,11 +655,34 @@ def test_end_to_end_again_and_on_two_processes(tmp_path):
 
     two = cli(*TINY, "--out", tmp_path / "two", processes=2)
     assert two.returncode == 0, two.stderr
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert set(one) == {8} | set(one) and one.keys() == two.keys()
-    assert all(one[step] == pytest.approx(two[step], abs=1e-3) for step in one)
-    assert all(results(tmp_path / "two")[n] == pytest.approx(found[n], abs=1.0) for n in MEASURED)
-    assert results(tmp_path / "two")["untrained_knn"] == found["untrained_knn"]
+    assert losses(tmp_path / "one").keys() == losses(tmp_path / "two").keys() == {4, 8}
+    for name in ("untrained_knn", "untrained_linear"):  # two of 2,000 images may lie on a border
+        assert results(tmp_path / "two")[name] == pytest.approx(found[name], abs=0.1)
+
+
+def _steps_on_a_rank(rank, world, folder):
+    """Twenty training steps in float64: in float32 a batch norm over 32 views amplifies rounding."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    cfg = balcon.parse_flags(["--limit", "64", "--out", f"{folder}/none"])
+    train, _ = balcon.load_data(cfg, CPU)
+    torch.manual_seed(0)
+    model = balcon.distribute(balcon.Encoder("resnet10", "imagenet", (64, 32), 32).double(), CPU)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    order, curve = [(s, torch.randperm(64, generator=balcon.rng(s))[:16]) for s in range(20)], []
+    for x, _ in train.batches(order, balcon.Views(cfg.parts, 32, cfg.crop_scale), 2, (0,), split=True):
+        loss = balanced_contrastive_loss(*model(x.double()).chunk(2), 4, 2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        curve.append(torch.stack(balcon.gather(loss.detach())).mean())
+    torch.save(torch.stack(curve), f"{folder}/{world}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_training_is_the_same_on_one_two_and_four_processes(tmp_path):
+    one, two, four = (spawn(_steps_on_a_rank, world, tmp_path)[0] for world in (1, 2, 4))
+    assert torch.allclose(one, two, atol=1e-6) and torch.allclose(one, four, atol=1e-6)
+    assert one.std() > 0.01  # and it moves
 
 
 class Killed(Exception):
@@ -693,15 +720,31 @@ def test_resumed_run_is_bit_identical(tmp_path):
     assert [line["resumed_at"] for line in log if "resumed_at" in line][-1] == 4
 
 
+def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(tmp_path, monkeypatch):
+    good = balcon.LOSSES["balanced"]
+    calls = []
+
+    def diverges(*arguments):
+        calls.append(None)
+        return good(*arguments) * (math.nan if len(calls) > 5 else 1)  # in the second epoch
+    monkeypatch.setitem(balcon.LOSSES, "balanced", diverges)
+    with pytest.raises(balcon.UserError, match="nan at step 8: lower --lr"):
+        train_here(tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "last.pt")
+    assert state["step"] == 4 and all(v.isfinite().all() for v in state["backbone"].values())
+
+
 BAD = {
     "--alpha 0": "alpha", "--alpha nan": "alpha", "--lam -1": "lam", "--epochs -1": "epochs", "--lr inf": "lr",
-    "--alpha x": "alpha", "--loss triplet": "loss", "--similarity manhattan": "similarity", "--dataset mnist": "dataset",
+    "--alpha x": "alpha", "--loss triplet": "loss", "--similarity manhattan": "similarity",
+    "--dataset mnist": "dataset",
     "--backbone resnet19": "resnet19", "--stem big": "stem", "--batch-size 1": "batch-size", "--limit 0": "limit",
     "--drop crop": "drop", "--add fog": "add", "--eval speed": "eval", "--limit 5000": "4096",
     "--limit 100 --batch-size 128": "--batch-size", "--backbone pixels": "--epochs 0", "--frobnicate": "frobnicate",
     "--dataset folder --data nowhere": "nowhere", "--dataset cifar10 --data empty": "empty",
     "--checkpoint missing.pt": "missing.pt", "--checkpoint README": "README", "--out README": "README",
-    "--dataset folder --data hollow": "cat", "--dataset folder --data foreign": "dog",
+    "--dataset folder --data hollow": "cat", "--dataset folder --data flat": "class folder",
+    "--dataset folder --data foreign": "class cat",
     "--dataset cifar10 --data mixed": "big.png",
     "--dataset folder --data broken --backbone resnet10 --batch-size 2 --epochs 1": "broken.png",
 }
@@ -713,6 +756,7 @@ def troubles(tmp_path_factory):
     (root / "README").write_text("no checkpoint")
     (root / "empty").mkdir()
     picture = Image.new("RGB", (32, 32), "red")
+    (root / "flat" / "train").mkdir(parents=True)
     for place in ("hollow/train/dog", "hollow/train/cat", "hollow/val/dog", "foreign/train/cat", "foreign/val/dog",
                   "mixed/train/cat", "mixed/test/cat", "broken/train/cat", "broken/val/cat"):
         (root / place).mkdir(parents=True)
