@@ -104,16 +104,16 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_
             s = 2 * s - z.square().sum(1, keepdim=True) - candidates.square().sum(1)
             positive = -(z - z.roll(m, 0)).square().sum(1)
 
-        # What an anchor does not repel: all candidates that carry the same name as itself.
+        # An anchor repels all candidates but those of its own group.
         view = torch.arange(2 * m * world, device=z.device)
         if labels is not None:
-            name = labels.to(z.device).repeat(2)  # its class, so its image as well
-            name = name if world == 1 else gather(name)
+            group = labels.to(z.device).repeat(2)  # its class, so its image as well
+            group = group if world == 1 else gather(group)
         elif repel_positive:
-            name = view  # itself
+            group = view  # itself
         else:
-            name = view // (2 * m) * m + view % m  # its image: itself and its positive
-        kept_out = name[rank * 2 * m:(rank + 1) * 2 * m, None] == name
+            group = view // (2 * m) * m + view % m  # its image: itself and its positive
+        kept_out = group[rank * 2 * m:(rank + 1) * 2 * m, None] == group
         if labels is not None and kept_out.all(1).any():
             raise ValueError("an image has no negatives: all others are of its class")
 
@@ -218,7 +218,7 @@ def crop_box(t, height, width):
     area, ratio, top, left = t.unbind(-1)
     h = (area * height * width / ratio).sqrt().round().clamp(min=1)
     w = (area * height * width * ratio).sqrt().round().clamp(min=1)
-    box = torch.stack([(top * (height - h + 1)).floor().minimum(height - h),  # rounding may touch 1
+    box = torch.stack([(top * (height - h + 1)).floor().minimum(height - h),  # float32 rounds up
                        (left * (width - w + 1)).floor().minimum(width - w), h, w], -1)
     h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
     central = box.new_tensor([(height - h) // 2, (width - w) // 2, h, w])
@@ -319,9 +319,6 @@ ADDABLE = ("random_cutout", "random_rotation", "gaussian_noise")
 class UserError(Exception):
     """What a user can cause and mend: one sentence, exit code 2."""
 
-    def __init__(self, message):  # from a DataLoader worker it arrives at the end of a traceback
-        super().__init__(str(message).strip().splitlines()[-1].split("UserError: ")[-1])
-
 def rng(*key):
     """A CPU generator that is a pure function of its key, so no generator state is ever saved."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
@@ -333,14 +330,14 @@ class InMemory:
     def __init__(self, pixels, labels, classes, device):
         self.pixels, self.labels, self.classes, self.device = pixels.to(device), labels, classes, device
 
-    def batches(self, order, views=None, n=1, key=(), split=False):
+    def batches(self, order, views=None, n=1, key=(), shared=False):
         """Yields (images [n·b, 3, S, S] normalised, labels [b]) for each (number, rows [b]) of `order`.
 
-        n views of each image, view by view; views=None: the plain image. split: only this rank's
+        n views of each image, view by view; views=None: the plain image. shared: only this rank's
         share of the rows. t is drawn for all of them from (key, number), whatever the world size.
         """
         for number, rows in order:
-            mine = share(len(rows)) if split else slice(None)
+            mine = share(len(rows)) if shared else slice(None)
             x = self.pixels[rows[mine].to(self.device)]
             if views is None:
                 x = normalize(x.float() / 255)
@@ -354,14 +351,15 @@ class OnDisk(torch.utils.data.Dataset):
     """Large images in files: worker processes decode and crop, the device does the rest."""
 
     def __init__(self, paths, labels, classes, device, size, workers):
-        self.paths, self.labels, self.classes, self.device = paths, labels, classes, device
+        self.paths = np.array(paths)  # a million str objects would be copied into every worker, page by page
+        self.labels, self.classes, self.device = labels, classes, device
         self.size, self.workers = size, workers
 
-    def batches(self, order, views=None, n=1, key=(), split=False):
+    def batches(self, order, views=None, n=1, key=(), shared=False):
         """As InMemory.batches, but t is drawn in the worker, from (key, number, row)."""
         reader = copy.copy(self)
         reader.views, reader.n, reader.key = views, n, key
-        rows_of_rank = ([(number, row) for row in (rows[share(len(rows))] if split else rows).tolist()]
+        rows_of_rank = ([(number, row) for row in (rows[share(len(rows))] if shared else rows).tolist()]
                         for number, rows in order)
         loader = torch.utils.data.DataLoader(
             reader, batch_sampler=rows_of_rank, num_workers=self.workers, pin_memory=self.device.type == "cuda")
@@ -373,7 +371,7 @@ class OnDisk(torch.utils.data.Dataset):
 
     def __getitem__(self, number_and_row):  # one decode serves all n crops
         row = number_and_row[1]
-        image, t = read_image(self.paths[row]), {}
+        image, t = read_image(str(self.paths[row])), {}
         if self.views:
             t = self.views.draw(self.n, rng(*self.key, *number_and_row))
             boxes = crop_box(t.pop("crop"), image.height, image.width).tolist()
@@ -396,7 +394,7 @@ def load_data(cfg, device):
 
     Label −1 marks an image without one (STL-10): pretraining uses it, evaluation does not.
     """
-    root, on_disk, data = cfg.data, cfg.dataset in ("imagenet", "folder"), []
+    root, on_disk = cfg.data, cfg.dataset in ("imagenet", "folder")
     if cfg.dataset == "patterns":
         parts = [(*draw_patterns(4096, "train"), list(PATTERNS)), (*draw_patterns(2000, "test"), list(PATTERNS))]
     elif on_disk or (root / "train").is_dir():
@@ -405,16 +403,14 @@ def load_data(cfg, device):
             raise UserError(f"{root}: the class {min(differ)} is not among both the training and the test images")
     else:
         parts = torchvision_data(cfg.dataset, root)
-    for images, labels, classes in parts:
-        if cfg.limit and not data:  # the training images
-            keep = balanced_subset(labels, cfg.limit)
-            images, labels = [images[i] for i in keep] if isinstance(images, list) else images[keep], labels[keep]
-        if on_disk:
-            data.append(OnDisk(images, labels, classes, device, cfg.size, cfg.workers))
-        else:
-            images = decode_all(images, cfg.size) if isinstance(images, list) else images
-            data.append(InMemory(images, labels, classes, device))
-    return data
+    if cfg.limit:
+        images, labels, classes = parts[0]
+        keep = balanced_subset(labels, cfg.limit)
+        parts[0] = [images[i] for i in keep] if isinstance(images, list) else images[keep], labels[keep], classes
+    if on_disk:
+        return [OnDisk(*part, device, cfg.size, cfg.workers) for part in parts]
+    return [InMemory(decode_all(images, cfg.size) if isinstance(images, list) else images, labels, classes, device)
+            for images, labels, classes in parts]
 
 def class_folders(root, split):
     """root/split/<class>/<image> -> (paths, labels [N], classes)."""
@@ -443,9 +439,10 @@ def torchvision_data(dataset, root):
     kind = getattr(torchvision.datasets, dataset.upper())
     splits = ("train+unlabeled", "test") if dataset == "stl10" else (True, False)
     try:
-        for first in (True, False):  # the other ranks wait until rank 0 has it
-            if first == (rank() == 0):
-                parts = [kind(root, split, download=first) for split in splits]
+        if rank() > 0:  # rank 0 downloads, the others wait
+            barrier()
+        parts = [kind(root, split, download=rank() == 0) for split in splits]
+        if rank() == 0:
             barrier()
     except (OSError, RuntimeError) as error:
         raise UserError(f"{dataset} is not in {root} and cannot be downloaded ({error}): put torchvision's "
@@ -459,8 +456,8 @@ def balanced_subset(labels, n):
     if n > len(labels):
         raise UserError(f"--limit {n} asks for more than the {len(labels)} training images")
     shuffled = torch.randperm(len(labels), generator=rng("limit"))
-    turn = torch.empty(len(labels))  # every class gives an image, then every class its second one …
-    for c in labels.unique():
+    turn = torch.full([len(labels)], math.inf)  # every class gives an image, then its second one …
+    for c in labels[labels >= 0].unique():  # … and only then come images without a label
         rows = shuffled[labels[shuffled] == c]
         turn[rows] = torch.arange(len(rows)).float()
     return turn.argsort(stable=True)[:n].sort().values
@@ -559,6 +556,8 @@ def build_backbone(name, stem, size):
 
 
 # ------------------------------------------ distributed ----------------------------------------
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # which process of this machine, by torchrun
+
 def world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -570,7 +569,7 @@ def barrier():
         dist.barrier()
 
 def share(n):
-    """This rank's rows of n. Left without any it repeats the first, which gather_rows drops."""
+    """This rank's rows of n. If there is none for it, the first one again, which gather_rows drops."""
     return slice(rank(), n, world_size()) if rank() < n else slice(1)
 
 def gather_rows(x, n):
@@ -615,6 +614,8 @@ def cosine_lr(peak, step, total):
 def autocast(device):
     return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
 
+SAVE_SECONDS = 600  # a checkpoint is written at the end of each epoch, and in long ones this often
+
 def pretrain(encoder, data, cfg):
     """Train `encoder` by SGD, continuing from last.pt in cfg.out if it is there. Returns the seconds taken."""
     m, per_epoch = cfg.batch_size, len(data.labels) // cfg.batch_size
@@ -628,6 +629,8 @@ def pretrain(encoder, data, cfg):
         encoder.projector.load_state_dict(state["projector"])
         optimizer.load_state_dict(state["optimizer"])
         first, seconds = state["step"], state["seconds"]
+    if (torch.stack(gather(torch.tensor([first], device=data.device))) != first).any():
+        raise UserError(f"the processes do not see the same {last}: --out must be on a disk that all share")
     if rank() == 0 and first < total:
         log = open_log(cfg, first)
     floor = loss_floor(m, cfg.alpha, cfg.lam, repel_positive=cfg.loss == "ntxent")
@@ -642,7 +645,8 @@ def pretrain(encoder, data, cfg):
     model.train()
     started = saved = time.perf_counter()
     logged, views = (first, started), Views(cfg.parts, cfg.size, cfg.crop_scale)
-    batches = data.batches(order(), views, n=2, key=(cfg.seed, "views"), split=True)
+    # The views are a function of (seed, step), so that a resumed run sees what it would have seen.
+    batches = data.batches(order(), views, n=2, key=(cfg.seed, "views"), shared=True)
     for step, (x, _) in enumerate(batches, first + 1):  # step: how many are done when this one is
         lr = cosine_lr(cfg.lr, step - 1, total)
         for group in optimizer.param_groups:
@@ -657,8 +661,8 @@ def pretrain(encoder, data, cfg):
             continue
 
         loss = torch.stack(gather(loss.detach())).mean().item()
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step}: lower --lr; {last} is from before")
+        if not math.isfinite(loss) or not nn.utils.get_total_norm(encoder.parameters()).isfinite():
+            raise UserError(f"the loss is {loss} at step {step}: lower --lr; what {cfg.out} holds is from before")
         if rank() > 0:
             continue
         now = time.perf_counter()
@@ -673,13 +677,12 @@ def pretrain(encoder, data, cfg):
             print(f"\repoch {step / per_epoch:.1f}/{cfg.epochs}  loss {loss:.4f}{gap}  lr {lr:.4f}  "
                   f"{speed:.0f} images/s  {left / 60:.0f} min left  ",
                   end="" if step < total else "\n", file=sys.stderr, flush=True)
-        if step % per_epoch == 0 or now - saved > 600:  # each epoch, and in long ones each ten minutes
+        if step % per_epoch == 0 or now - saved > SAVE_SECONDS:
             saved = now
             save_atomically(last, {
                 "backbone": encoder.backbone.state_dict(), "projector": encoder.projector.state_dict(),
                 "optimizer": optimizer.state_dict(), "step": step, "config": public(cfg),
                 "seconds": seconds + now - started})
-    barrier()
     return seconds + time.perf_counter() - started
 
 def save_atomically(path, value):
@@ -693,9 +696,13 @@ def save_atomically(path, value):
 
 def read_checkpoint(path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes of the unpickler
-        raise UserError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read the checkpoint {path}: {reason}") from None
+    if not isinstance(state, dict) or not {"backbone", "config"} <= set(state):
+        raise UserError(f"{path} is not a checkpoint of balcon")
+    return state
 
 def open_log(cfg, first):
     """log.jsonl for appending after step `first`; lines of steps that will be made again are dropped."""
@@ -713,7 +720,7 @@ def read_log(path):
             lines.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    return lines
+    return lines if lines and "config" in lines[0] else []
 
 def environment():
     """What else decides the figures: the first line of every log."""
@@ -750,13 +757,13 @@ def knn_predict(train_features, train_labels, test_features, k, *, split=False):
     queries, and all ranks get the same answer.
     """
     bank, labels, split = F.normalize(train_features, dim=1), train_labels, split and world_size() > 1
-    classes, longest = labels.max() + 1, labels.new_tensor(len(bank))
-    if split:
-        classes, longest = torch.stack(gather(torch.stack([classes, longest]))).amax(0)
-    elif k > len(bank):
-        raise ValueError(f"k = {k} neighbours of {len(bank)} images")
+    sizes = torch.stack([labels.max() + 1, labels.new_tensor(len(bank))])
+    sizes = torch.stack(gather(sizes) if split else [sizes])  # [ranks, 2]
+    (classes, longest), total = sizes.amax(0).tolist(), int(sizes[:, 1].sum())
+    if not 1 <= k <= total:
+        raise ValueError(f"k = {k} neighbours of {total} images")
     predicted = []
-    for queries in F.normalize(test_features, dim=1).split(max(1, 2 ** 25 // int(longest))):
+    for queries in F.normalize(test_features, dim=1).split(max(1, 2 ** 25 // longest)):
         similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)))  # [q, k], nearest first
         voters = labels[nearest]
         if split:  # the k nearest of all are among the k nearest of each rank
@@ -764,7 +771,7 @@ def knn_predict(train_features, train_labels, test_features, k, *, split=False):
             similarity = torch.cat(gather(F.pad(similarity, missing, value=-math.inf)), 1)
             nearest = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
             voters = torch.cat(gather(F.pad(voters, missing)), 1).gather(1, nearest)
-        votes = voters.new_zeros(len(queries), int(classes)).scatter_add(1, voters, torch.ones_like(voters))
+        votes = voters.new_zeros(len(queries), classes).scatter_add(1, voters, torch.ones_like(voters))
         place = torch.arange(k, device=voters.device).expand_as(voters)
         first = torch.full_like(votes, k).scatter_reduce(1, voters, place, "amin")  # place of its nearest
         predicted.append((votes * (k + 1) - first).argmax(1))  # most votes, then the nearest
@@ -805,7 +812,7 @@ def linear_accuracy(backbone, train, test, cfg):
     frozen = {name: value.clone() for name, value in backbone.eval().state_dict().items()}
     n, device, views = len(train.labels), train.device, Views(("crop", "flip"), cfg.size, (0.08, 1.0))
     queries, answers = extract(backbone, test)
-    if cfg.probe == "cached":  # unit length: few images on one crop each overfit at the scale-bound lr 30
+    if cfg.probe == "cached":  # of unit length, so that one learning rate suits every backbone
         features, labels = (gather_rows(x, n) for x in extract(backbone, train))
         features, queries = F.normalize(features, dim=1), F.normalize(queries, dim=1)
 
@@ -815,17 +822,17 @@ def linear_accuracy(backbone, train, test, cfg):
             yield from ((features[rows], labels[rows]) for rows in order)
             return
         key = (cfg.seed, "probe views", epoch)
-        for rows, (x, y) in zip(order, train.batches(enumerate(order), views, key=key, split=True)):
+        for rows, (x, y) in zip(order, train.batches(enumerate(order), views, key=key, shared=True)):
             with torch.no_grad(), autocast(device):
-                x = backbone(x).float()
+                x = torch.cat([backbone(part).float() for part in x.split(512)])
             yield gather_rows(x, len(rows)), gather_rows(y, len(rows))
 
     probe = nn.Linear(queries.shape[1], len(train.classes)).to(device)
     probe.weight.data = 0.01 * torch.randn(probe.weight.shape, generator=rng(cfg.seed, "probe")).to(device)
     probe.bias.data.zero_()
     peak, total = cfg.probe_lr * cfg.probe_batch / 256, cfg.probe_epochs * math.ceil(n / cfg.probe_batch)
-    optimizer, step = {"sgd": torch.optim.SGD, "lars": LARS}[cfg.probe_optimizer](
-        probe.parameters(), lr=peak, momentum=0.9), 0
+    kind, step = {"sgd": torch.optim.SGD, "lars": LARS}[cfg.probe_optimizer], 0
+    optimizer = kind(probe.parameters(), lr=peak, momentum=0.9)
     for epoch in range(cfg.probe_epochs):
         for x, y in batches(epoch):
             optimizer.param_groups[0]["lr"] = cosine_lr(peak, step, total)
@@ -834,8 +841,7 @@ def linear_accuracy(backbone, train, test, cfg):
             optimizer.step()
             step += 1
     correct = gather_rows(probe(queries).argmax(1) == answers, len(test.labels))
-    for name, value in backbone.state_dict().items():
-        assert torch.equal(value, frozen[name]), f"probing changed the backbone: {name}"
+    assert all(torch.equal(v, frozen[name]) for name, v in backbone.state_dict().items()), "the probe changed it"
     return 100 * correct.double().mean().item()
 
 EVALUATIONS = {"knn": knn_accuracy, "linear": linear_accuracy}
@@ -858,16 +864,12 @@ RECIPES = {"patterns": PATTERNS_RECIPE, "cifar10": CIFAR, "cifar100": CIFAR, "im
            "stl10": {**CIFAR, "stem": "imagenet", "size": 96}}  # ours
 COMMON = dict(loss="balanced", similarity="cosine", drop=[], add=[], limit=None, seed=0, checkpoint=None,
               compile=False, eval=list(EVALUATIONS))
-NOT_IDENTITY = ("data", "out", "eval", "workers", "compile")  # a rerun may change these
+NOT_IDENTITY = ("out", "eval", "workers", "compile")  # a rerun may change these
 
 def public(cfg):
     """What makes a run this run, as it is logged."""
     return json.loads(json.dumps({key: value for key, value in vars(cfg).items() if key not in NOT_IDENTITY},
                       default=str))
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
 
 def above(low, kind):
     def parse(text):
@@ -879,9 +881,13 @@ def above(low, kind):
 
 def parse_flags(argv=None):
     """The configuration: the recipe of the data set (or the checkpoint's), overridden by the flags given."""
-    parser = Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS,
-                    epilog="Defaults are the paper's recipe for the data set, where it has one.")
-    flag = parser.add_argument
+    def refuse(message):
+        raise UserError(message)
+
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS,
+        epilog="Defaults are the paper's recipe for the data set, where it has one.")
+    parser.error, flag = refuse, parser.add_argument
     flag("--dataset", choices=RECIPES, help="default: patterns, drawn in memory")
     flag("--data", type=Path, metavar="DIR", help="where the images are, default: data/<dataset>")
     flag("--out", type=Path, metavar="DIR", help="run directory; the same command resumes what is there")
@@ -912,23 +918,22 @@ def parse_flags(argv=None):
     given, saved = vars(parser.parse_args(argv)), {}
 
     if "checkpoint" in given:
-        saved = read_checkpoint(given["checkpoint"])
-        if not isinstance(saved, dict) or "config" not in saved:
-            raise UserError(f"{given['checkpoint']} is not a checkpoint of balcon")
-        saved = saved["config"]
-        for key in ("dataset", "backbone", "stem"):
-            if given.get(key, saved[key]) != saved[key]:
+        saved = read_checkpoint(given["checkpoint"])["config"]
+        for key in set(given) & set(saved) - {"checkpoint", "data", "limit", "k", "baseline"}:
+            if given[key] != saved[key] and not key.startswith("probe"):
                 raise UserError(f"{given['checkpoint']} was made with --{key} {saved[key]}, not {given[key]}")
     dataset = given.get("dataset", saved.get("dataset", "patterns"))
-    cfg = SimpleNamespace(**{**COMMON, **RECIPES[dataset], **saved, "dataset": dataset, "data": Path("data", dataset),
-                             "workers": min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), **given})
+    cfg = SimpleNamespace(**{
+        "data": Path("data", dataset), "workers": min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+        **COMMON, **RECIPES[dataset], **saved, "dataset": dataset, **given})
+    cfg.data = Path(cfg.data)
     dropped = [part for name in cfg.drop for part in DROPPABLE[name]]
     cfg.parts = (*(part for part in RECIPES[dataset]["parts"] if part not in dropped), *cfg.add)
     if "out" not in given:  # named by the flags that make the run what it is
         named = {k: v for k, v in given.items() if k not in ("dataset", "checkpoint", *NOT_IDENTITY)}
         named.update({"of": cfg.checkpoint.resolve().parent.name} if cfg.checkpoint else {})
         cfg.out = Path("runs", "_".join([dataset, *(
-            f"{k}={'+'.join(v) if isinstance(v, list) else v}" for k, v in named.items())]))
+            f"{k}={'+'.join(v) if isinstance(v, list) else v}".replace("/", "-") for k, v in named.items())]))
     check(cfg)
     return cfg
 
@@ -941,33 +946,37 @@ def check(cfg):
         raise UserError("--backbone pixels has nothing to pretrain: add --epochs 0")
     if cfg.batch_size % world:
         raise UserError(f"--batch-size {cfg.batch_size} does not divide by the {world} processes")
+    if torch.cuda.is_available() and LOCAL_RANK >= torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine")
     for name in cfg.drop:
-        if not set(DROPPABLE[name]) & set(RECIPES[cfg.dataset]["parts"]):
+        if not set(DROPPABLE[name]) & set(RECIPES[cfg.dataset]["parts"]) and LOCAL_RANK == 0:
             print(f"balcon: the {cfg.dataset} recipe has no {name} to drop", file=sys.stderr)
-    files = [cfg.out / name for name in ("log.jsonl", "last.pt", "results.json")]
-    if (cfg.out.exists() and not cfg.out.is_dir()) or (not read_log(files[0]) and any(f.exists() for f in files)):
-        raise UserError(f"--out {cfg.out} is not a directory of balcon: choose another")
-    for line in read_log(files[0])[:1]:
-        for key, value in public(cfg).items():
-            if line["config"].get(key) != value:
-                raise UserError(f"--out {cfg.out} holds a run with {key} {line['config'].get(key)}, not {value}: "
-                                f"choose another directory")
+    place = next(p for p in (cfg.out, *cfg.out.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--out {cfg.out} cannot be made: {place} is not a directory that can be written to")
+    header = read_log(cfg.out / "log.jsonl")[:1]
+    if not header and any((cfg.out / name).exists() for name in ("log.jsonl", "last.pt", "results.json")):
+        raise UserError(f"--out {cfg.out} holds files of another program or of a damaged run: choose another directory")
+    for key, value in public(cfg).items() if header else ():
+        if header[0]["config"].get(key) != value:
+            raise UserError(f"--out {cfg.out} holds a run with {key} {header[0]['config'].get(key)}, not {value}: "
+                            f"choose another directory")
 
 def run(cfg):
     """Pretrain or resume, evaluate, write results.json, print the table. Returns the exit code."""
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
+        device, backend = torch.device("cuda", LOCAL_RANK), "nccl"
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ:  # started by torchrun
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
     try:
         train, test = load_data(cfg, device)
         if cfg.epochs and not cfg.checkpoint and len(train.labels) < cfg.batch_size:
             raise UserError(f"--batch-size {cfg.batch_size} is more than the {len(train.labels)} training images")
     except UserError:
-        if rank() > 0:  # all ranks see the same images: one complaint is enough
+        if LOCAL_RANK > 0:  # all processes of a machine see the same: one complaint is enough
             sys.exit(2)
         raise
 
@@ -977,61 +986,64 @@ def run(cfg):
         return encoder.to(device, memory_format=torch.channels_last)
 
     def save():
-        if rank() == 0:
+        if lead:
             save_atomically(path, json.dumps(results, indent=1) + "\n")
 
-    encoder = new_encoder()
+    encoder, lead, path = new_encoder(), rank() == 0, cfg.out / "results.json"
     if cfg.checkpoint:
         try:
             encoder.backbone.load_state_dict(read_checkpoint(cfg.checkpoint)["backbone"])
-        except (KeyError, RuntimeError) as error:
+        except RuntimeError as error:
             raise UserError(f"{cfg.checkpoint} does not fit: {str(error).splitlines()[-1].strip()}") from None
-    if rank() == 0:
+    if lead:
         print(f"balcon: {cfg.dataset}, {len(train.labels)} training and {len(test.labels)} test images, "
               f"{cfg.backbone}, {cfg.loss} loss (α={cfg.alpha:g}, λ={cfg.lam:g}), {cfg.epochs} epochs -> {cfg.out}",
               flush=True)
         cfg.out.mkdir(parents=True, exist_ok=True)
 
-    path = cfg.out / "results.json"
+    # Figures of the trained backbone stand in results.json under their names, those of the untrained
+    # one beside it with a prefix; with --epochs 0 there is only the untrained one, without prefix.
     results = {"config": public(cfg), "seed": cfg.seed, "seconds": 0.0}
     results.update(json.loads(path.read_text()) if path.exists() else {})
-    stages = {"untrained_": "untrained", "": "trained"} if cfg.baseline and cfg.epochs else {
-        "": "trained" if cfg.epochs else "untrained"}
+    stages = {"untrained_": "untrained", "": "trained"} if cfg.baseline else {"": "trained"}
+    stages = stages if cfg.epochs else {"": "untrained"}
     missing = [(stage, name) for name in cfg.eval for stage in stages if stage + name not in results]
     if cfg.epochs and not cfg.checkpoint and (missing or not path.exists()):
         results["seconds"] = round(pretrain(encoder, train, cfg), 1)
-    elif rank() == 0 and not path.exists():
+    elif lead and not path.exists():
         open_log(cfg, 0).close()
     if (train.labels < 0).any():  # STL-10: only pretraining uses images without a label
         keep = train.labels >= 0
         train = InMemory(train.pixels[keep.to(device)], train.labels[keep], train.classes, device)
-    save()
     for stage, name in missing:
         backbone = (new_encoder() if stage else encoder).backbone
         results[stage + name] = EVALUATIONS[name](backbone, train, test, cfg)
-        save()  # after each one: on ImageNet an evaluation takes hours
-    if rank() == 0:
-        titles = {"knn": f"kNN, k={min(cfg.k, len(train.labels))}", "linear": f"linear, {cfg.probe_optimizer.upper()}"}
-        print("".join(f"{text:>20}" for text in ["top-1 on test, %", *stages.values()]))
-        for name in cfg.eval:
-            print("".join(f"{text:>20}" for text in [titles[name], *(f"{results[s + name]:.2f}" for s in stages)]))
+        save()  # each time: on ImageNet an evaluation takes hours
+    if not path.exists():
+        save()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    recipe = {**COMMON, **RECIPES["patterns"], "seed": cfg.seed, "eval": cfg.eval}
-    if cfg.dataset == "patterns" and "knn" in cfg.eval and all(getattr(cfg, key) == recipe[key] for key in recipe):
-        error, untrained = 100 - results["knn"], 100 - results["untrained_knn"]  # the demo is a test
-        good = error < untrained / 4
-        print(f"kNN error {error:.1f} % of images after training, {untrained:.1f} % before: " +
-              ("it learned." if good else "FAILED, less than a quarter was expected."))
-        return 0 if good else 1
-    return 0
+    if not lead:
+        return 0
+    titles = {"knn": f"kNN, k={min(cfg.k, len(train.labels))}", "linear": f"linear, {cfg.probe_optimizer.upper()}"}
+    for row in [["top-1 on test, %", *stages.values()]] + [
+            [titles[name], *(f"{results[stage + name]:.2f}" for stage in stages)] for name in cfg.eval]:
+        print("".join(f"{text:>20}" for text in row))
+    recipe = {**COMMON, **RECIPES["patterns"], "dataset": "patterns", "seed": cfg.seed, "eval": cfg.eval}
+    if "knn" not in cfg.eval or any(getattr(cfg, key) != recipe[key] for key in recipe):
+        return 0
+    error, untrained = 100 - results["knn"], 100 - results["untrained_knn"]  # the demo is a test
+    print(f"kNN error: {error:.1f} % trained, {untrained:.1f} % untrained: " +
+          ("it learned." if error < untrained / 4 else "FAILED, it should be less than a quarter."))
+    return 0 if error < untrained / 4 else 1
 
 def main(argv=None):
     try:
         sys.exit(run(parse_flags(argv)))
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or world_size() > 1:
-            print(f"balcon: {error}", file=sys.stderr)
+        if LOCAL_RANK == 0 or world_size() > 1:
+            message = str(error).split("UserError: ")[-1]  # a DataLoader worker wraps it in a traceback
+            print("balcon:", " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,21 +134,18 @@ def test_floor_with_the_positive_repelled():
         assert P[bound.argmin()] == pytest.approx(best, abs=.01)
 
 
-def test_log_sum_exp_bounds():  # Lemma A.1, (d) and Eq. 18
-    x, previous = torch.randn(50, dtype=torch.float64), -math.inf
-    for alpha in (0.1, 1.0, 5.0, 50.0, 5000.0):
-        smooth = (torch.logsumexp(alpha * x, 0) / alpha).item()
-        assert x.max() <= smooth <= x.max() + math.log(50) / alpha
-        mean_form = smooth - math.log(50) / alpha
-        assert x.mean() <= mean_form + 1e-12 and previous <= mean_form + 1e-12
-        previous = mean_form
+def test_repelling_term_is_a_smooth_maximum():  # Lemma A.1, (d) and Eq. 18
     z1, z2 = unit(8, 4)
     z = torch.cat([z1, z2])
-    s = z @ z.T
-    for i in range(16):
-        s[i, i] = s[i, (i + 8) % 16] = -math.inf
-    hardest = (-(z1 * z2).sum(1).mean() + 2 * s.amax(1).mean()).item()
-    assert balanced_contrastive_loss(z1, z2, 1e6, 2.0).item() == pytest.approx(hardest, abs=1e-5)
+    s = [[float(z[i] @ z[j]) for j in range(16) if j % 8 != i % 8] for i in range(16)]
+    hardest, mean = np.mean([max(row) for row in s]), np.mean(s)
+    attract, spread, previous = -(z1 * z2).sum(1).mean().item(), math.log(14), -math.inf
+    for alpha in (0.01, 0.1, 1.0, 5.0, 50.0, 5000.0):
+        repel = balanced_contrastive_loss(z1, z2, alpha, 1.0).item() - attract
+        assert hardest <= repel <= hardest + spread / alpha
+        assert mean <= repel - spread / alpha + 1e-9 and previous <= repel - spread / alpha + 1e-9
+        previous = repel - spread / alpha
+    assert balanced_contrastive_loss(z1, z2, 1e7, 2.0).item() == pytest.approx(attract + 2 * hardest, abs=1e-6)
 
 
 def test_nscl_gap():  # (f), and zero when every image has its own class
@@ -243,7 +241,7 @@ def _losses_on_a_rank(rank, world, folder):
     torch.manual_seed(0)
     x, labels = torch.randn(2, 12, 6, dtype=torch.float64), torch.arange(12) % 5
     results = {}
-    for kind in ("cosine", "euclidean"):
+    for kind in ("cosine", "dot", "euclidean"):
         for name in ("balanced_contrastive_loss", "generalized_nt_xent_loss", "nscl_loss"):
             torch.manual_seed(1)
             net = torch.nn.Linear(6, 4).double()
@@ -431,13 +429,13 @@ def test_every_world_size_sees_the_same_views(monkeypatch, photos):
     disk = balcon.OnDisk(paths, labels, classes, CPU, 8, workers=0)
     views, order = balcon.Views(ALL_PARTS, 8, (0.2, 1)), [(7, torch.randperm(18)[:9]), (8, torch.arange(2))]
     for data in (memory, disk):
-        whole = [(x.unflatten(0, (2, -1)), y) for x, y in data.batches(order, views, 2, ("key",), split=True)]
+        whole = [(x.unflatten(0, (2, -1)), y) for x, y in data.batches(order, views, 2, ("key",), shared=True)]
         for world in (2, 4):
             shares = []
             for r in range(world):
                 monkeypatch.setattr(balcon, "rank", lambda: r)
                 monkeypatch.setattr(balcon, "world_size", lambda: world)
-                shares.append(list(data.batches(order, views, 2, ("key",), split=True)))
+                shares.append(list(data.batches(order, views, 2, ("key",), shared=True)))
             for i, (x, y) in enumerate(whole):
                 for r, (own, label) in enumerate(share[i] for share in shares):
                     rows = range(r, len(y), world) if r < len(y) else [0]  # [0]: nothing left, repeats
@@ -522,19 +520,27 @@ def knn_by_loops(bank, labels, queries, k):
     return answers
 
 
-def _knn_on_a_rank(rank, world, folder):
+def _evaluation_on_a_rank(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     g = torch.Generator().manual_seed(0)
     bank, queries, labels = torch.randn(41, 4, generator=g), torch.randn(30, 4, generator=g), torch.arange(41) % 5
     answers = [balcon.knn_predict(bank[rank::world], labels[rank::world], queries, k, split=True) for k in (1, 6, 41)]
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Flatten())
+    for probe in ("crops", "cached"):  # batches of 9, 9 and 1: two of three ranks have nothing of the last
+        cfg = SimpleNamespace(probe=probe, probe_batch=9, probe_epochs=4, probe_lr=5.0, probe_optimizer="sgd",
+                              seed=0, size=2, k=3)
+        answers += [balcon.linear_accuracy(net, blobs(19, 0), blobs(50, 1), cfg),
+                    balcon.knn_accuracy(net, blobs(19, 0), blobs(50, 1), cfg)]
     torch.save(answers, f"{folder}/{world}-{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_knn(tmp_path):
+def test_knn_and_evaluation_on_three_processes(tmp_path):
     g = torch.Generator().manual_seed(0)
     bank, queries, labels = torch.randn(41, 4, generator=g), torch.randn(30, 4, generator=g), torch.arange(41) % 5
-    split = spawn(_knn_on_a_rank, 3, tmp_path)
+    split, (one,) = spawn(_evaluation_on_a_rank, 3, tmp_path), spawn(_evaluation_on_a_rank, 1, tmp_path)
+    assert all(answers[3:] == one[3:] for answers in split) and all(30 < accuracy < 100 for accuracy in one[3:])
     for i, k in enumerate((1, 6, 41)):
         expected = knn_by_loops(bank.double(), labels, queries.double(), k)
         assert balcon.knn_predict(bank, labels, queries, k).tolist() == expected
@@ -661,15 +667,18 @@ def test_end_to_end_again_and_on_two_processes(tmp_path):
 
 
 def _steps_on_a_rank(rank, world, folder):
-    """Twenty training steps in float64: in float32 a batch norm over 32 views amplifies rounding."""
+    """Twenty training steps of a small network in float64: in float32, batch norm amplifies rounding."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     cfg = balcon.parse_flags(["--limit", "64", "--out", f"{folder}/none"])
     train, _ = balcon.load_data(cfg, CPU)
     torch.manual_seed(0)
-    model = balcon.distribute(balcon.Encoder("resnet10", "imagenet", (64, 32), 32).double(), CPU)
+    model = balcon.distribute(torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 5, 2), balcon.BatchNorm(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 5, 2),
+        torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(64, 32), balcon.BatchNorm(32, affine=False),
+    ).double(), CPU)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     order, curve = [(s, torch.randperm(64, generator=balcon.rng(s))[:16]) for s in range(20)], []
-    for x, _ in train.batches(order, balcon.Views(cfg.parts, 32, cfg.crop_scale), 2, (0,), split=True):
+    for x, _ in train.batches(order, balcon.Views(cfg.parts, 32, cfg.crop_scale), 2, (0,), shared=True):
         loss = balanced_contrastive_loss(*model(x.double()).chunk(2), 4, 2)
         optimizer.zero_grad()
         loss.backward()
@@ -683,6 +692,23 @@ def test_training_is_the_same_on_one_two_and_four_processes(tmp_path):
     one, two, four = (spawn(_steps_on_a_rank, world, tmp_path)[0] for world in (1, 2, 4))
     assert torch.allclose(one, two, atol=1e-6) and torch.allclose(one, four, atol=1e-6)
     assert one.std() > 0.01  # and it moves
+
+
+def test_sigkill_loses_nothing(tmp_path):
+    flags = [*TINY, "--epochs", "6", "--eval", "knn"]
+    reference = cli(*flags, "--out", tmp_path / "whole")
+    run = subprocess.Popen([sys.executable, str(HERE / "balcon.py"), *flags, "--out", str(tmp_path / "killed")])
+    while not (tmp_path / "killed" / "last.pt").exists() and run.poll() is None:
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    assert not (tmp_path / "killed" / "results.json").exists()
+    again = cli(*flags, "--out", tmp_path / "killed")
+    assert again.returncode == reference.returncode == 0, again.stderr
+    assert results(tmp_path / "killed")["knn"] == results(tmp_path / "whole")["knn"]
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    a, b = (torch.load(tmp_path / name / "last.pt")["backbone"] for name in ("killed", "whole"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class Killed(Exception):
@@ -708,16 +734,19 @@ def train_here(out, kill_at=None):
     return encoder.state_dict()
 
 
-def test_resumed_run_is_bit_identical(tmp_path):
-    reference = train_here(tmp_path / "whole")
-    for kill_at in (3, 6):  # 4 steps an epoch: nothing saved yet, then within the second epoch
+def test_resumed_run_is_bit_identical(tmp_path, monkeypatch):
+    reference = train_here(tmp_path / "whole")  # 12 steps, 4 an epoch
+    monkeypatch.setattr(balcon, "SAVE_SECONDS", -1)  # checkpoints within epochs too
+    for kill_at, saved in ((3, None), (6, 4), (7, 10)):  # counted from the step it starts at
         with pytest.raises(Killed):
             train_here(tmp_path / "killed", kill_at)
+        last = tmp_path / "killed" / "last.pt"
+        assert (torch.load(last)["step"] if last.exists() else None) == saved
     resumed = train_here(tmp_path / "killed")
     assert all(torch.equal(resumed[name], value) for name, value in reference.items())
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     log = balcon.read_log(tmp_path / "killed" / "log.jsonl")
-    assert [line["resumed_at"] for line in log if "resumed_at" in line][-1] == 4
+    assert [line["resumed_at"] for line in log if "resumed_at" in line] == [0, 4, 10]
 
 
 def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(tmp_path, monkeypatch):
@@ -783,11 +812,83 @@ def test_bad_input_is_one_sentence_and_exit_code_2(flags, troubles, monkeypatch,
     assert "broken" in flags or not (troubles / "runs").exists()  # nothing was begun
 
 
+def test_batch_size_must_divide(monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit) as stop:
+        balcon.main(["--batch-size", "64"])
+    assert stop.value.code == 2 and "--batch-size 64 does not divide by the 3 processes" in capfd.readouterr().err
+
+
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path, capfd):
     cfg = balcon.parse_flags(["--out", str(tmp_path / "x")])
     backbone = balcon.Encoder("resnet10", "cifar", (8,), 32).backbone
     balcon.save_atomically(tmp_path / "other.pt", {"backbone": backbone.state_dict(), "config": balcon.public(cfg)})
-    for flags in (["--backbone", "resnet18"], []):  # named by the flag; found in the weights
+    for flags in (["--backbone", "resnet18"], ["--alpha", "9"], []):  # named by a flag; found in the weights
         with pytest.raises(SystemExit) as stop:
             balcon.main(["--checkpoint", str(tmp_path / "other.pt"), "--out", str(tmp_path / "o"), *flags])
         assert stop.value.code == 2 and "other.pt" in capfd.readouterr().err and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("trained, code", [(95.0, 0), (80.0, 1)])
+def test_the_demo_fails_if_nothing_was_learned(tmp_path, monkeypatch, capfd, trained, code):
+    figures = iter([60.0, trained])  # untrained first: a quarter of its error is 10 %
+    monkeypatch.setattr(balcon, "pretrain", lambda *arguments: 1.0)
+    monkeypatch.setitem(balcon.EVALUATIONS, "knn", lambda *arguments: next(figures))
+    with pytest.raises(SystemExit) as stop:
+        balcon.main(["--out", str(tmp_path / "run"), "--eval", "knn"])
+    assert stop.value.code == code and ("FAILED" in capfd.readouterr().out) == bool(code)
+
+
+def test_recipes_are_the_papers():  # A.3.1, A.4.1, A.4.2
+    def recipe(*flags):
+        return vars(balcon.parse_flags([*flags, "--out", "nowhere"]))
+    cifar, imagenet = recipe("--dataset", "cifar10"), recipe("--dataset", "imagenet")
+    for r, expected in ((cifar, dict(alpha=2, lam=4, epochs=200, batch_size=512, lr=0.1, backbone="resnet18",
+                                     stem="cifar", crop_scale=(0.08, 1), k=1, probe_optimizer="sgd", probe_lr=30,
+                                     probe_batch=256, probe_epochs=90, size=32,
+                                     parts=("crop", "flip", "color_jitter", "grayscale"))),
+                        (imagenet, dict(alpha=4, lam=2, epochs=100, batch_size=512, lr=0.1, backbone="resnet50",
+                                        stem="imagenet", crop_scale=(0.2, 1), k=200, probe_optimizer="lars",
+                                        probe_batch=4096, probe_epochs=90, size=224,
+                                        parts=("crop", "color_jitter", "grayscale", "gaussian_blur", "flip")))):
+        assert {key: r[key] for key in expected} == expected
+    dropped = recipe("--dataset", "imagenet", "--drop", "color_distortion", "gaussian_blur")["parts"]
+    assert dropped == ("crop", "flip")
+    assert recipe("--dataset", "cifar10", "--add", "random_cutout")["parts"][-1] == "random_cutout"
+    assert recipe("--dataset", "cifar10", "--loss", "ntxent")["out"] == Path("nowhere")
+    outs = {str(balcon.parse_flags(flags.split()).out) for flags in (
+        "--seed 1", "--drop color_distortion", "--dataset folder --data /a", "--dataset folder --data /b")}
+    assert len(outs) == 4  # different runs do not meet in one directory
+
+
+@pytest.mark.parametrize("dataset", ["CIFAR10", "CIFAR100", "STL10"])
+def test_torchvisions_layout(dataset, monkeypatch, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 96, 96, 3) if dataset == "STL10" else (12, 32, 32, 3))
+    pixels = pixels.astype(np.uint8)
+
+    class Fake:  # with the attributes of torchvision's
+        def __init__(self, root, split, download):
+            self.classes = ["a", "b", "c"]
+            self.data, self.targets = pixels, list(range(3)) * 4
+            if dataset == "STL10":  # channels first; some images without a label
+                self.data, self.labels = pixels.transpose(0, 3, 1, 2), np.array([0, 1, 2, 0, 1, 2] + [-1] * 6)
+
+    monkeypatch.setattr(torchvision.datasets, dataset, Fake)
+    cfg = balcon.parse_flags(["--dataset", dataset.lower(), "--data", str(tmp_path / "d"), "--limit", "6"])
+    train, test = balcon.load_data(cfg, CPU)
+    assert train.labels.bincount().tolist() == [2, 2, 2] and len(test.labels) == 12
+    assert torch.equal(test.pixels, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+
+
+# ------------------------------------------ on a GPU -------------------------------------------
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_views_and_losses_on_cuda_are_those_of_the_cpu():
+    views, x = balcon.Views(ALL_PARTS, 32, (0.2, 1)), torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    t = views.draw(64, torch.Generator().manual_seed(0))
+    assert torch.allclose(views.apply(x.cuda(), t).cpu(), views.apply(x, t), atol=1e-4)
+    z1, z2 = unit(32, 16)
+    for loss in (balanced_contrastive_loss, generalized_nt_xent_loss):
+        assert loss(z1.cuda(), z2.cuda(), 4, 2).item() == pytest.approx(loss(z1, z2, 4, 2).item(), abs=1e-9)
+        with torch.autocast("cuda", torch.bfloat16):
+            assert loss(z1.cuda().float(), z2.cuda().float(), 4, 2).item() == pytest.approx(
+                loss(z1, z2, 4, 2).item(), abs=1e-5)
