@@ -940,27 +940,28 @@ def parse_flags(argv=None):
 def check(cfg):
     """Refuse what is wrong whatever the images are, before any work is done."""
     known, world = torchvision.models.list_models(torchvision.models, "*resne*"), int(os.environ.get("WORLD_SIZE", 1))
-    if cfg.backbone not in (*known, "resnet10", "pixels"):
-        raise UserError(f"--backbone {cfg.backbone} is none of resnet10, pixels, {', '.join(known)}")
-    if cfg.backbone == "pixels" and cfg.epochs:
-        raise UserError("--backbone pixels has nothing to pretrain: add --epochs 0")
-    if cfg.batch_size % world:
-        raise UserError(f"--batch-size {cfg.batch_size} does not divide by the {world} processes")
-    if torch.cuda.is_available() and LOCAL_RANK >= torch.cuda.device_count():
-        raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine")
-    for name in cfg.drop:
-        if not set(DROPPABLE[name]) & set(RECIPES[cfg.dataset]["parts"]) and LOCAL_RANK == 0:
-            print(f"balcon: the {cfg.dataset} recipe has no {name} to drop", file=sys.stderr)
     place = next(p for p in (cfg.out, *cfg.out.absolute().parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"--out {cfg.out} cannot be made: {place} is not a directory that can be written to")
-    header = read_log(cfg.out / "log.jsonl")[:1]
-    if not header and any((cfg.out / name).exists() for name in ("log.jsonl", "last.pt", "results.json")):
-        raise UserError(f"--out {cfg.out} holds files of another program or of a damaged run: choose another directory")
+    files = [cfg.out / name for name in ("log.jsonl", "last.pt", "results.json")]
+    header, gpus = read_log(files[0])[:1], torch.cuda.device_count()
+    for wrong, message in (
+            (cfg.backbone not in (*known, "resnet10", "pixels"),
+             f"--backbone {cfg.backbone} is none of resnet10, pixels, {', '.join(known)}"),
+            (cfg.backbone == "pixels" and cfg.epochs, "--backbone pixels has nothing to pretrain: add --epochs 0"),
+            (cfg.batch_size % world, f"--batch-size {cfg.batch_size} does not divide by the {world} processes"),
+            (0 < gpus <= LOCAL_RANK, f"--nproc_per_node is more than the {gpus} GPUs of this machine"),
+            (not place.is_dir() or not os.access(place, os.W_OK),
+             f"--out {cfg.out} cannot be made: {place} is not a directory that can be written to"),
+            (not header and any(file.exists() for file in files),
+             f"--out {cfg.out} holds files of another program or of a damaged run: choose another directory")):
+        if wrong:
+            raise UserError(message)
     for key, value in public(cfg).items() if header else ():
         if header[0]["config"].get(key) != value:
             raise UserError(f"--out {cfg.out} holds a run with {key} {header[0]['config'].get(key)}, not {value}: "
                             f"choose another directory")
+    for name in cfg.drop:
+        if not set(DROPPABLE[name]) & set(RECIPES[cfg.dataset]["parts"]) and LOCAL_RANK == 0:
+            print(f"balcon: the {cfg.dataset} recipe has no {name} to drop", file=sys.stderr)
 
 def run(cfg):
     """Pretrain or resume, evaluate, write results.json, print the table. Returns the exit code."""
