@@ -9,7 +9,7 @@ through Supervised Objectives" (TMLR 2025, arXiv 2510.10572), which this file re
     python balcon.py --dataset cifar10                      # one GPU: the paper's CIFAR-10 recipe
     torchrun --nproc_per_node=8 balcon.py --dataset imagenet --alpha 4 --lam 2      # eight GPUs
 
-Measured (RESULTS.md; 2 CPU cores, no GPU so far): the first line in under 2 minutes, kNN error 27.5 % untrained,
+Measured (RESULTS.md; 2 CPU cores, no GPU so far): the first line in about 2 minutes, kNN error 27.5 % untrained,
 4.1 % trained. On 5,000 CIFAR-10 images, 15 epochs, two seeds: linear 43.5 % by the balanced loss at (α, λ) = (2, 4),
 40.1 % by NT-Xent at (2, 1), 36.7 % untrained.
 
@@ -441,7 +441,7 @@ def decode_all(paths, size):
 def torchvision_data(dataset, root):
     """CIFAR-10, CIFAR-100 or STL-10 in torchvision's layout, downloaded if it is not there."""
     kind = getattr(torchvision.datasets, dataset.upper())
-    splits = ("train+unlabeled", "test") if dataset == "stl10" else (True, False)
+    splits, existed = ("train+unlabeled", "test") if dataset == "stl10" else (True, False), root.exists()
     try:
         if rank() > 0:  # rank 0 downloads, the others wait
             barrier()
@@ -449,6 +449,8 @@ def torchvision_data(dataset, root):
         if rank() == 0:
             barrier()
     except (OSError, RuntimeError) as error:
+        if root.is_dir() and not existed and not any(root.iterdir()):
+            root.rmdir()  # torchvision made it
         raise UserError(f"{dataset} is not in {root} and cannot be downloaded ({error}): put torchvision's "
                         f"files, or class folders train/ and test/, there") from None
     if dataset == "stl10":
@@ -702,8 +704,7 @@ def read_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes of the unpickler
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read the checkpoint {path}: {reason}") from None
+        raise UserError(f"cannot read the checkpoint {path}: {type(error).__name__} {error}") from None
     if not isinstance(state, dict) or not {"backbone", "config"} <= set(state):
         raise UserError(f"{path} is not a checkpoint of balcon")
     return state
@@ -875,10 +876,12 @@ def public(cfg):
     return json.loads(json.dumps({key: value for key, value in vars(cfg).items() if key not in NOT_IDENTITY},
                       default=str))
 
-def above(low, kind):
+def bounded(kind, low):
+    """An argparse type: an int of at least `low`, or a finite float above it."""
     def parse(text):
-        if not (math.isfinite(value := kind(text)) and value > low):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number above {low}")
+        value = kind(text)
+        if not math.isfinite(value) or value < low or (kind is float and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if kind is int else 'finite and above'} {low}")
         return value
     parse.__name__ = kind.__name__  # for argparse's own "invalid int value"
     return parse
@@ -896,29 +899,29 @@ def parse_flags(argv=None):
     flag("--data", type=Path, metavar="DIR", help="where the images are, default: data/<dataset>")
     flag("--out", type=Path, metavar="DIR", help="run directory; the same command resumes what is there")
     flag("--loss", choices=LOSSES, help="default: balanced (Eq. 17)")
-    flag("--alpha", type=above(0, float), help="sharpness of the repelling softmax, 1/temperature")
-    flag("--lam", type=above(0, float), help="weight of repelling against attracting")
+    flag("--alpha", type=bounded(float, 0), help="sharpness of the repelling softmax, 1/temperature")
+    flag("--lam", type=bounded(float, 0), help="weight of repelling against attracting")
     flag("--similarity", choices=("cosine", "dot", "euclidean"), help="default: cosine")
     flag("--drop", nargs="+", choices=DROPPABLE, help="augmentations to leave out of the recipe's")
     flag("--add", nargs="+", choices=ADDABLE, help="augmentations to append to the recipe's")
-    flag("--epochs", type=above(-1, int), help="0: evaluate the untrained backbone")
-    flag("--batch-size", type=above(1, int), help="images a step over all processes; twice as many views")
-    flag("--lr", type=above(0, float), help="SGD's peak; gradients are 1/α of the usual NT-Xent's")
+    flag("--epochs", type=bounded(int, 0), help="0: evaluate the untrained backbone")
+    flag("--batch-size", type=bounded(int, 2), help="images a step over all processes; twice as many views")
+    flag("--lr", type=bounded(float, 0), help="SGD's peak; gradients are 1/α of the usual NT-Xent's")
     flag("--backbone", metavar="NAME", help="resnet10, any ResNet of torchvision, or pixels (none)")
     flag("--stem", choices=("cifar", "imagenet"), help="cifar: 3×3, no stride, no pooling")
-    flag("--seed", type=above(-1, int), help="default: 0")
-    flag("--limit", type=above(0, int), metavar="N", help="use N training images, class-balanced")
-    flag("--workers", type=above(-1, int), help="decoding processes of each rank, for images on disk")
+    flag("--seed", type=bounded(int, 0), help="default: 0")
+    flag("--limit", type=bounded(int, 1), metavar="N", help="use N training images, class-balanced")
+    flag("--workers", type=bounded(int, 0), help="decoding processes of each rank, for images on disk")
     flag("--compile", action="store_true", help="torch.compile the network")
     flag("--checkpoint", type=Path, metavar="FILE", help="evaluate this last.pt instead of pretraining")
     flag("--eval", nargs="*", choices=EVALUATIONS, help="default: all")
     flag("--baseline", action=argparse.BooleanOptionalAction, help="evaluate the untrained backbone as well")
-    flag("--k", type=above(0, int), help="nearest neighbours that vote")
+    flag("--k", type=bounded(int, 1), help="nearest neighbours that vote")
     flag("--probe", choices=("crops", "cached"), help="linear classifier on fresh crops, or on features made once")
-    flag("--probe-optimizer", choices=("sgd", "lars"))
-    flag("--probe-epochs", type=above(0, int))
-    flag("--probe-batch", type=above(0, int))
-    flag("--probe-lr", type=above(0, float), help="for a batch of 256, scaled with --probe-batch")
+    flag("--probe-optimizer", choices=("sgd", "lars"), help="of the linear classifier")
+    flag("--probe-epochs", type=bounded(int, 1), help="of the linear classifier")
+    flag("--probe-batch", type=bounded(int, 1), help="of the linear classifier, over all processes")
+    flag("--probe-lr", type=bounded(float, 0), help="for a batch of 256, scaled with --probe-batch")
     given, saved = vars(parser.parse_args(argv)), {}
 
     if "checkpoint" in given:
@@ -1004,7 +1007,10 @@ def run(cfg):
         print(f"balcon: {cfg.dataset}, {len(train.labels)} training and {len(test.labels)} test images, "
               f"{cfg.backbone}, {cfg.loss} loss (α={cfg.alpha:g}, λ={cfg.lam:g}), {cfg.epochs} epochs -> {cfg.out}",
               flush=True)
-        cfg.out.mkdir(parents=True, exist_ok=True)
+        try:
+            cfg.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {cfg.out} cannot be made: {error.strerror}") from None
 
     # Figures of the trained backbone stand in results.json under their names, those of the untrained
     # one beside it with a prefix; with --epochs 0 there is only the untrained one, without prefix.
