@@ -57,7 +57,7 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_
 
     z1, z2: [m, d], two views; row i of both shows the same image. Returns a scalar: the mean over
     all 2m anchors z. z⁺ is the other view of z's image; z⁻ are the 2(m−1) views of other images,
-    so the positive is not in the log-sum-exp. Values below zero are normal: see `loss_floor`.
+    so the positive is not in the log-sum-exp. It can be negative: `loss_floor` is its minimum.
 
     similarity: "cosine" (of l2-normalised rows), or of rows as they are "dot" or "euclidean", the
     negative squared distance (Table 1, footnote 3). Computed in float32 at least, also under autocast.
