@@ -141,13 +141,14 @@ def nscl_loss(z1, z2, labels, alpha, lam, similarity="cosine"):
     return balanced_contrastive_loss(z1, z2, alpha, lam, similarity, labels=labels)
 
 def loss_floor(m, alpha, lam, repel_positive=False):
-    """The smallest value that the loss of m ≥ 2 images can take under cosine similarity.
+    """A lower bound, mostly the minimum, of the loss of m ≥ 2 images under cosine similarity.
 
     Jensen bounds the log-sum-exp by the negatives' mean similarity, and Σ zᵢ·zⱼ ≥ 0 bounds that
     mean by −(1 + P)/K, where P is the mean positive similarity and K = 2(m−1). Balanced loss: it
     falls in P, so the floor is at P = 1, reached iff views coincide and the m images form a regular
     simplex (needs d ≥ m−1). With the positive repelled too, the best P can lie below 1 once λ > 1:
-    that loss can prefer views that do not agree, which the balanced loss never does.
+    that loss can prefer views that do not agree, which the balanced loss never does. There this is
+    a bound, not shown to be reached.
     """
     K, P = 2 * (m - 1), 1.0
     if not repel_positive:
