@@ -317,7 +317,7 @@ OPERATIONS = {  # images [n, 3, S, S] in [0, 1], parameters [n, ...] -> images
     "gaussian_noise": lambda x, noise: (x + noise).clamp(0, 1),
 }
 DROPPABLE = {"gaussian_blur": ("gaussian_blur",), "color_distortion": ("color_jitter", "grayscale")}
-ADDABLE = ("random_cutout", "random_rotation", "gaussian_noise")
+ADDABLE = ("random_cutout", "random_rotation", "gaussian_noise", "gaussian_blur")
 
 
 # ------------------------------------------ data -----------------------------------------------
@@ -334,6 +334,9 @@ class InMemory:
 
     def __init__(self, pixels, labels, classes, device):
         self.pixels, self.labels, self.classes, self.device = pixels.to(device), labels, classes, device
+
+    def select(self, rows):
+        return InMemory(self.pixels[rows.to(self.device)], self.labels[rows], self.classes, self.device)
 
     def batches(self, order, views=None, n=1, key=(), shared=False):
         """Yields (images [n·b, 3, S, S] normalised, labels [b]) for each (number, rows [b]) of `order`.
@@ -359,6 +362,9 @@ class OnDisk(torch.utils.data.Dataset):
         self.paths = np.array(paths)  # a million str objects would be copied into every worker, page by page
         self.labels, self.classes, self.device = labels, classes, device
         self.size, self.workers = size, workers
+
+    def select(self, rows):
+        return OnDisk(self.paths[rows], self.labels[rows], self.classes, self.device, self.size, self.workers)
 
     def batches(self, order, views=None, n=1, key=(), shared=False):
         """As InMemory.batches, but t is drawn in the worker, from (key, number, row)."""
@@ -408,14 +414,64 @@ def load_data(cfg, device):
             raise UserError(f"{root}: the class {min(differ)} is not among both the training and the test images")
     else:
         parts = torchvision_data(cfg.dataset, root)
-    if cfg.limit:
+    if cfg.limit or cfg.subset_file or cfg.subset != "full":
         images, labels, classes = parts[0]
-        keep = balanced_subset(labels, cfg.limit)
+        keep = training_subset(cfg, images, labels)
         parts[0] = [images[i] for i in keep] if isinstance(images, list) else images[keep], labels[keep], classes
     if on_disk:
         return [OnDisk(*part, device, cfg.size, cfg.workers) for part in parts]
     return [InMemory(decode_all(images, cfg.size) if isinstance(images, list) else images, labels, classes, device)
             for images, labels, classes in parts]
+
+def training_subset(cfg, images, labels):
+    """Rows of the training images that --subset, --subset-file and --limit keep (A.3.4), in their order."""
+    if cfg.subset_file:
+        return listed_rows(cfg.subset_file, images)
+    if cfg.subset == "full":  # the same images whatever the seed
+        return balanced_subset(labels, cfg.limit, "limit")
+    sizes = labels[labels >= 0].bincount()
+    total = cfg.limit or round(len(labels) * 115_846 / 1_281_167)  # ImageNet-LT's share of ImageNet
+    if cfg.subset == "uni":
+        return balanced_subset(labels, total, "subset", cfg.seed)
+    counts, generator = torch.zeros_like(sizes), rng("subset", cfg.seed)
+    for count in long_tailed_counts(len(sizes), total, min(1280, int(sizes.max()))):  # the largest first
+        able = ((sizes >= count) & (counts == 0)).nonzero().squeeze(1)
+        if not len(able):
+            raise UserError(f"no class is left that has {count} images: lower --limit, now {total}")
+        counts[able[torch.randint(len(able), [], generator=generator)]] = count
+    shuffled = torch.randperm(len(labels), generator=generator)
+    return torch.cat([shuffled[labels[shuffled] == c][:count] for c, count in enumerate(counts)]).sort().values
+
+def long_tailed_counts(classes, total, largest=1280, smallest=5, shape=6):
+    """ImageNet-LT's class sizes (A.3.4), the largest first: quantiles of a Pareto law (Lomax, from 0) above
+    `smallest`, scaled and cut at `largest` so that they sum to `total`."""
+    if not smallest * classes <= total <= largest * classes:
+        raise UserError(f"{classes} classes of {smallest} to {largest} images cannot have {total} in all: see --limit")
+    tail = ((np.arange(classes) + 0.5) / classes) ** (-1 / shape) - 1
+    low, high = 0.0, largest / tail.min()
+    for _ in range(100):  # bisection: the sum grows with the scale
+        scale = (low + high) / 2
+        sizes = np.minimum(smallest + scale * tail, largest)
+        low, high = (scale, high) if sizes.sum() < total else (low, scale)
+    return np.diff(sizes.cumsum().round().astype(int), prepend=0).tolist()  # integers with the same sum
+
+def listed_rows(path, images):
+    """The rows that a file lists, one a line: <class>/<file> of an image, after any folders and before
+    any label (ImageNet-LT's own list); or, where images are not files, their numbers."""
+    def name(place):
+        return "/".join(str(place).split("/")[-2:])
+
+    known = {name(image) if isinstance(images, list) else str(row): row for row, image in enumerate(images)}
+    try:
+        lines = [name(line.strip()) for line in path.read_text().splitlines() if line.strip()]
+        rows = [known[line if line in known else line.rsplit(None, 1)[0]] for line in lines]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --subset-file {path}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"--subset-file {path} names {error}, which is not among the training images") from None
+    if not rows or len(set(rows)) < len(rows):
+        raise UserError(f"--subset-file {path} " + ("names an image twice" if rows else "is empty"))
+    return torch.tensor(rows).sort().values
 
 def class_folders(root, split):
     """root/split/<class>/<image> -> (paths, labels [N], classes)."""
@@ -458,11 +514,11 @@ def torchvision_data(dataset, root):
         return [(torch.from_numpy(p.data), torch.from_numpy(p.labels).long(), p.classes) for p in parts]
     return [(torch.from_numpy(p.data).permute(0, 3, 1, 2), torch.tensor(p.targets), p.classes) for p in parts]
 
-def balanced_subset(labels, n):
-    """Rows of n images, as equal in number per class as can be; the same ones whatever the seed."""
+def balanced_subset(labels, n, *key):
+    """Rows of n images, as equal in number per class as can be: a pure function of the key."""
     if n > len(labels):
         raise UserError(f"--limit {n} asks for more than the {len(labels)} training images")
-    shuffled = torch.randperm(len(labels), generator=rng("limit"))
+    shuffled = torch.randperm(len(labels), generator=rng(*key))
     turn = torch.full([len(labels)], math.inf)  # every class gives an image, then its second one …
     for c in labels[labels >= 0].unique():  # … and only then come images without a label
         rows = shuffled[labels[shuffled] == c]
@@ -649,6 +705,13 @@ def pretrain(encoder, data, cfg):
                 shuffled = torch.randperm(len(data.labels), generator=rng(cfg.seed, "order", epoch))
             yield step, shuffled[place * m:][:m]
 
+    def state(**more):
+        return {"backbone": encoder.backbone.state_dict(), "projector": encoder.projector.state_dict(),
+                "step": step, "config": public(cfg), **more}
+
+    step = first
+    if cfg.save_every and rank() == 0 and first == 0:
+        save_atomically(cfg.out / "epoch0000.pt", state())
     model.train()
     started = saved = time.perf_counter()
     logged, views = (first, started), Views(cfg.parts, cfg.size, cfg.crop_scale)
@@ -685,11 +748,10 @@ def pretrain(encoder, data, cfg):
                   f"{speed:.0f} images/s  {left / 60:.0f} min left  ",
                   end="" if step < total else "\n", file=sys.stderr, flush=True)
         if step % per_epoch == 0 or now - saved > SAVE_SECONDS:
-            saved = now
-            save_atomically(last, {
-                "backbone": encoder.backbone.state_dict(), "projector": encoder.projector.state_dict(),
-                "optimizer": optimizer.state_dict(), "step": step, "config": public(cfg),
-                "seconds": seconds + now - started})
+            saved, epoch = now, step // per_epoch
+            if cfg.save_every and step % per_epoch == 0 and epoch % cfg.save_every == 0:  # kept for --eval bounds
+                save_atomically(cfg.out / f"epoch{epoch:04d}.pt", state())
+            save_atomically(last, state(optimizer=optimizer.state_dict(), seconds=seconds + now - started))
     return seconds + time.perf_counter() - started
 
 def save_atomically(path, value):
@@ -868,9 +930,9 @@ PATTERNS_RECIPE = {**CIFAR, **dict(  # ours
     projector=(512, 128), crop_scale=(0.3, 1.0), k=5, probe="cached", probe_lr=10.0)}
 RECIPES = {"patterns": PATTERNS_RECIPE, "cifar10": CIFAR, "cifar100": CIFAR, "imagenet": IMAGENET, "folder": IMAGENET,
            "stl10": {**CIFAR, "stem": "imagenet", "size": 96}}  # ours
-COMMON = dict(loss="balanced", similarity="cosine", drop=[], add=[], limit=None, seed=0, checkpoint=None,
-              compile=False, eval=list(EVALUATIONS))
-NOT_IDENTITY = ("out", "eval", "workers", "compile")  # a rerun may change these
+COMMON = dict(loss="balanced", similarity="cosine", drop=[], add=[], limit=None, subset="full", subset_file=None,
+              seed=0, checkpoint=None, save_every=0, compile=False, eval=list(EVALUATIONS))
+NOT_IDENTITY = ("out", "eval", "workers", "compile", "save_every")  # a rerun may change these
 
 def public(cfg):
     """What makes a run this run, as it is logged."""
@@ -912,6 +974,9 @@ def parse_flags(argv=None):
     flag("--stem", choices=("cifar", "imagenet"), help="cifar: 3×3, no stride, no pooling")
     flag("--seed", type=bounded(int, 0), help="default: 0")
     flag("--limit", type=bounded(int, 1), metavar="N", help="use N training images, class-balanced")
+    flag("--subset", choices=("full", "lt", "uni"), help="long-tailed as ImageNet-LT, or uniform of the same size")
+    flag("--subset-file", type=Path, metavar="FILE", help="train on the images listed there, one <class>/<file> a line")
+    flag("--save-every", type=bounded(int, 1), metavar="N", help="keep a checkpoint of every Nth epoch as well")
     flag("--workers", type=bounded(int, 0), help="decoding processes of each rank, for images on disk")
     flag("--compile", action="store_true", help="torch.compile the network")
     flag("--checkpoint", type=Path, metavar="FILE", help="evaluate this last.pt instead of pretraining")
@@ -934,7 +999,7 @@ def parse_flags(argv=None):
     cfg = SimpleNamespace(**{
         "data": Path("data", dataset), "workers": min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         **COMMON, **RECIPES[dataset], **saved, "dataset": dataset, **given})
-    cfg.data = Path(cfg.data)
+    cfg.data, cfg.subset_file = Path(cfg.data), cfg.subset_file and Path(cfg.subset_file)
     dropped = [part for name in cfg.drop for part in DROPPABLE[name]]
     cfg.parts = (*(part for part in RECIPES[dataset]["parts"] if part not in dropped), *cfg.add)
     if "out" not in given:  # named by the flags that make the run what it is
@@ -954,6 +1019,9 @@ def check(cfg):
     for wrong, message in (
             (cfg.backbone not in (*known, "resnet10", "pixels"),
              f"--backbone {cfg.backbone} is none of resnet10, pixels, {', '.join(known)}"),
+            (len(set(cfg.parts)) < len(cfg.parts), f"--add {' '.join(cfg.add)}: the {cfg.dataset} recipe has one of these"),
+            (cfg.subset_file and (cfg.limit or cfg.subset != "full"),
+             "--subset-file says which images to use: leave out --subset and --limit"),
             (cfg.backbone == "pixels" and cfg.epochs, "--backbone pixels has nothing to pretrain: add --epochs 0"),
             (cfg.batch_size % world, f"--batch-size {cfg.batch_size} does not divide by the {world} processes"),
             (0 < gpus <= LOCAL_RANK, f"--nproc_per_node is more than the {gpus} GPUs of this machine"),
@@ -964,7 +1032,7 @@ def check(cfg):
         if wrong:
             raise UserError(message)
     for key, value in public(cfg).items() if header else ():
-        if header[0]["config"].get(key) != value:
+        if header[0]["config"].get(key, value) != value:
             raise UserError(f"--out {cfg.out} holds a run with {key} {header[0]['config'].get(key)}, not {value}: "
                             f"choose another directory")
     for name in cfg.drop:

@@ -395,7 +395,7 @@ def test_draws_have_the_papers_distribution():
     assert abs((sigma > 0).float().mean() - 0.5) < 0.02 and sigma[sigma > 0].min() >= 0.1 and sigma.max() <= 2
 
 
-ALL_PARTS = ("crop", "flip", "color_jitter", "grayscale", "gaussian_blur", *balcon.ADDABLE)
+ALL_PARTS = ("crop", "flip", "color_jitter", "grayscale", *balcon.ADDABLE)
 
 
 def test_same_t_on_other_images_and_in_other_batches():
@@ -470,10 +470,10 @@ def test_crops_on_disk_are_the_crops_in_memory(photos):
 
 def test_limit_is_balanced_and_fixed():
     labels = torch.tensor([0] * 50 + [1] * 50 + [2] * 4)
-    rows = balcon.balanced_subset(labels, 30)
-    assert labels[rows].bincount().tolist() == [13, 13, 4] and torch.equal(rows, balcon.balanced_subset(labels, 30))
+    rows = balcon.balanced_subset(labels, 30, "key")
+    assert labels[rows].bincount().tolist() == [13, 13, 4] and torch.equal(rows, balcon.balanced_subset(labels, 30, "key"))
     with pytest.raises(balcon.UserError, match="--limit 200"):
-        balcon.balanced_subset(labels, 200)
+        balcon.balanced_subset(labels, 200, "key")
 
 
 def test_patterns_are_fixed_and_balanced():
