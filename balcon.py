@@ -884,35 +884,248 @@ def linear_accuracy(backbone, train, test, cfg):
         features, labels = (gather_rows(x, n) for x in extract(backbone, train))
         features, queries = F.normalize(features, dim=1), F.normalize(queries, dim=1)
 
-    def batches(epoch):  # features [b, d], labels [b]
-        order = torch.randperm(n, generator=rng(cfg.seed, "probe order", epoch)).split(cfg.probe_batch)
-        if cfg.probe == "cached":
-            yield from ((features[rows], labels[rows]) for rows in order)
-            return
-        key = (cfg.seed, "probe views", epoch)
-        for rows, (x, y) in zip(order, train.batches(enumerate(order), views, key=key, shared=True)):
-            with torch.no_grad(), autocast(device):
-                x = torch.cat([backbone(part).float() for part in x.split(512)])
-            yield gather_rows(x, len(rows)), gather_rows(y, len(rows))
+    def batches():  # features [b, d], labels [b]
+        for epoch in range(cfg.probe_epochs):
+            order = torch.randperm(n, generator=rng(cfg.seed, "probe order", epoch)).split(cfg.probe_batch)
+            if cfg.probe == "cached":
+                yield from ((features[rows], labels[rows]) for rows in order)
+                continue
+            key = (cfg.seed, "probe views", epoch)
+            for rows, (x, y) in zip(order, train.batches(enumerate(order), views, key=key, shared=True)):
+                with torch.no_grad(), autocast(device):
+                    x = torch.cat([backbone(part).float() for part in x.split(512)])
+                yield gather_rows(x, len(rows)), gather_rows(y, len(rows))
 
-    probe = nn.Linear(queries.shape[1], len(train.classes)).to(device)
-    probe.weight.data = 0.01 * torch.randn(probe.weight.shape, generator=rng(cfg.seed, "probe")).to(device)
-    probe.bias.data.zero_()
-    peak, total = cfg.probe_lr * cfg.probe_batch / 256, cfg.probe_epochs * math.ceil(n / cfg.probe_batch)
-    kind, step = {"sgd": torch.optim.SGD, "lars": LARS}[cfg.probe_optimizer], 0
-    optimizer = kind(probe.parameters(), lr=peak, momentum=0.9)
-    for epoch in range(cfg.probe_epochs):
-        for x, y in batches(epoch):
-            optimizer.param_groups[0]["lr"] = cosine_lr(peak, step, total)
-            optimizer.zero_grad()
-            F.cross_entropy(probe(x), y).backward()
-            optimizer.step()
-            step += 1
+    probe = train_probe(batches(), nn.Linear(queries.shape[1], len(train.classes)).to(device), n, cfg)
     correct = gather_rows(probe(queries).argmax(1) == answers, len(test.labels))
     assert all(torch.equal(v, frozen[name]) for name, v in backbone.state_dict().items()), "the probe changed it"
     return 100 * correct.double().mean().item()
 
-EVALUATIONS = {"knn": knn_accuracy, "linear": linear_accuracy}
+def train_probe(batches, probe, n, cfg):
+    """Train `probe`, an nn.Linear, on cfg.probe_epochs epochs of n images: batches of features and labels."""
+    probe.weight.data = 0.01 * torch.randn(probe.weight.shape, generator=rng(cfg.seed, "probe")).to(probe.weight)
+    probe.bias.data.zero_()
+    peak, total = cfg.probe_lr * cfg.probe_batch / 256, cfg.probe_epochs * math.ceil(n / cfg.probe_batch)
+    optimizer = {"sgd": torch.optim.SGD, "lars": LARS}[cfg.probe_optimizer](probe.parameters(), lr=peak, momentum=0.9)
+    for step, (x, y) in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = cosine_lr(peak, step, total)
+        optimizer.zero_grad()
+        F.cross_entropy(probe(x), y).backward()
+        optimizer.step()
+    return probe
+
+
+# ------------------------------------------ theory ---------------------------------------------
+# Each instrument measures what the paper assumes, bounds or explains, on training images and their labels.
+# f(t(x)) below is the projection of unit length (Assumption 4.2), unless another space is named.
+@torch.no_grad()
+def embed(encoder, data, cfg, *key, n=1, groups=1, spaces=("projection",)):
+    """{space: [N, groups, d]}: means over n/groups views each of all N images, on every rank.
+
+    Spaces: "projection" of unit length, "raw_projection", "features" of the backbone. In float32 on CUDA
+    too: rounding is a distance as well. The same key gives the same t to the same row.
+    """
+    encoder.eval()
+    batches, means = torch.arange(len(data.labels)).split(max(1, 512 // n)), {space: [] for space in spaces}
+    views = Views(cfg.parts, cfg.size, cfg.crop_scale)
+    for rows, (x, _) in zip(batches, data.batches(enumerate(batches), views, n, (cfg.seed, *key), shared=True)):
+        found = {"features": encoder.backbone(x)}
+        found["raw_projection"] = encoder.projector(found["features"])
+        found["projection"] = F.normalize(found["raw_projection"], dim=1)
+        for space in spaces:
+            views_of_image = found[space].unflatten(0, (groups, n // groups, -1))
+            means[space].append(gather_rows(views_of_image.mean(1).transpose(0, 1), len(rows)))
+    return {space: torch.cat(parts) for space, parts in means.items()}
+
+def class_means(x, labels):
+    """x [N, ...], labels [N] of 0 … C−1, all present -> [C, ...]."""
+    sums = x.new_zeros(labels.max() + 1, *x.shape[1:]).index_add_(0, labels, x)
+    return sums / labels.bincount().view(-1, *[1] * (x.dim() - 1))
+
+def theory_images(train, cfg):
+    """The training images to measure on, their labels numbered 0 … C−1 without gaps."""
+    limit = min(cfg.theory_limit or len(train.labels), len(train.labels))
+    data = train.select(balanced_subset(train.labels, limit, "theory"))
+    names, data.labels = data.labels.unique(return_inverse=True)
+    if len(names) < 2 or data.labels.bincount().min() < 2:
+        raise UserError("theory is about classes: it needs two or more, each of two or more training images; "
+                        "there are " + str(data.labels.bincount().tolist()))
+    return data, data.labels.to(train.device)
+
+def eq16(halves, labels):
+    """Prototype representation bias, Eq. 16: E‖E[f(T(X))|y] − E f(T(x))‖, and its standard error over images.
+
+    halves: [N, 2, d], means over two halves of K views of each image. A mean over K views is off by noise,
+    which makes the distance too long by a term in 1/K; Quenouille's jackknife removes that term: it counts
+    half from half the views, whole from all of them.
+    """
+    gap = class_means(halves, labels)[labels] - halves  # [N, 2, d]
+    distance = 2 * gap.mean(1).norm(dim=1) - gap.norm(dim=2).mean(1)
+    return distance.mean().item(), distance.std().item() / math.sqrt(len(labels))
+
+def prototype_bias(encoder, train, test, cfg):
+    """Eq. 51, the paper's estimate of the bias, and Eq. 16, the bias, in three spaces (Section 5.2, A.3.2).
+
+    Eq. 51 moves the norm inside the expectations: by Jensen's inequality it is an upper bound of Eq. 16.
+    Neither has a scale of its own: *_relative divides by the mean distance of two images' views.
+    """
+    data, labels = theory_images(train, cfg)
+    generator, partner = rng(cfg.seed, "pairs"), torch.empty_like(data.labels)
+    order = torch.randperm(len(labels), generator=generator)
+    for rows in (order[data.labels[order] == c] for c in data.labels.unique()):
+        partner[rows] = rows.roll(1)  # x′, another image of the class
+    spaces, result = ("projection", "raw_projection", "features"), {}
+    x = embed(encoder, data, cfg, "bias", spaces=spaces)
+    other = embed(encoder, data.select(partner), cfg, "bias", spaces=spaces)  # the same t as x
+    halves = embed(encoder, data, cfg, "view means", n=cfg.views, groups=2, spaces=spaces)
+    for space in spaces:
+        distance = (x[space] - other[space]).norm(dim=2)
+        random = (x[space][order] - x[space][order.roll(1)]).norm(dim=2).mean().item()
+        result[space] = {"eq51": distance.mean().item(), "eq51_se": distance.std().item() / math.sqrt(len(labels))}
+        result[space]["eq16"], result[space]["eq16_se"] = eq16(halves[space], labels)
+        result[space]["random_pairs"] = random
+        result[space].update({f"{eq}_relative": result[space][eq] / random for eq in ("eq51", "eq16")})
+    return result
+
+def theorem_sides(anchor, mean_view, bank, labels, alpha):
+    """Both sides of Theorems 4.4 and 4.6 for each anchor f(t(x)), all of unit length: {name: [N]}.
+
+    anchor, bank: [N, d], one view of each image, drawn apart; mean_view: [N, d], E f(T(x)); labels: [N].
+    repel_b is B = (1/α) log Σ_y E[exp(α s)|y], Eq. 46: with balanced classes Eq. 10's right side times ν.
+    The paper bounds the left side by B/ν. Its proof divides by ν ≤ 1 (Eq. 38), which needs B ≥ 0; where
+    B < 0 the left side is at most B, so max(B, B/ν) always holds.
+    """
+    counts, prototypes = labels.bincount(), class_means(bank, labels)  # [C], [C, d]
+    own = labels[:, None] == torch.arange(len(counts), device=labels.device)  # [N, C]
+    weight = counts.log()[labels]
+    B = torch.cat([torch.logsumexp(alpha * rows @ bank.T - weight, 1)
+                   for rows in anchor.split(max(1, 2 ** 25 // len(bank)))]) / alpha
+    nu = prototypes.norm(dim=1).expand_as(own).masked_fill(own, math.inf).amin(1)
+    return {"attract_lhs": -F.cosine_similarity(anchor, mean_view), "attract_rhs": -(anchor * mean_view).sum(1),
+            "repel_lhs": (anchor @ F.normalize(prototypes, dim=1).T).masked_fill(own, -math.inf).amax(1),
+            "repel_rhs": B / nu, "repel_b": B, "nu": nu}
+
+def measured_sides(encoder, train, cfg):
+    data, labels = theory_images(train, cfg)
+    views = {key: embed(encoder, data, cfg, "bounds", key, n=n)["projection"][:, 0]
+             for key, n in (("anchor", 1), ("mean", cfg.views), ("bank", 1))}
+    return theorem_sides(views["anchor"], views["mean"], views["bank"], labels, cfg.alpha)
+
+def bounds(encoder, train, test, cfg):
+    """How tight Theorems 4.4 (K views) and 4.6 (one T′, the training images as bank) are: mean gaps
+    RHS − LHS (A.4.5, Fig. 6), and the share in % of images where the bound does not hold."""
+    side = measured_sides(encoder, train, cfg)
+    result = {name: value.mean().item() for name, value in side.items()}
+    for which in ("attract", "repel"):
+        gap = side[f"{which}_rhs"] - side[f"{which}_lhs"]
+        result.update({f"{which}_gap": gap.mean().item(),
+                       f"{which}_violated": 100 * (gap < -1e-6).double().mean().item()})
+    return result
+
+def assumptions(encoder, train, test, cfg):
+    """What the theorems assume. Assumption 4.3: f(t(x)) and the mean view lie in one hemisphere. Theorem 4.6
+    needs B ≥ 0, which the paper does not say (`theorem_sides`). Its λ of Eq. 12 is divided by ν, and Eq. 17
+    calls λ/ν λ: lam_times_nu is what --lam amounts to in Eq. 2, lam_over_nu what it would become in Eq. 12."""
+    side = measured_sides(encoder, train, cfg)
+    angle, nu = (-side["attract_lhs"]).clamp(-1, 1).acos().rad2deg(), side["nu"].min().item()
+    return {"angle_degrees": angle.mean().item(), "angle_95_percent": angle.quantile(0.95).item(),
+            "assumption_4_3_violated": 100 * (angle > 90).double().mean().item(),
+            "nu": nu, "lam_over_nu": cfg.lam / nu, "lam_times_nu": cfg.lam * nu,
+            "condition_4_6_fails": 100 * (side["repel_b"] < 0).double().mean().item()}
+
+def batches_of_pairs(z, labels, m, cfg):
+    """z [N, 2, d] -> (z1, z2, labels) of m images, shuffled; what is left over goes unused."""
+    for rows in torch.randperm(len(z), generator=rng(cfg.seed, "theory batches")).split(m)[:len(z) // m]:
+        yield z[rows, 0], z[rows, 1], labels[rows]
+
+def repulsion(encoder, train, test, cfg):
+    """False negatives: in batches as in training, the share of an anchor's repelling softmax that lies on
+    negatives of its own class, by α; by_chance is their share of the negatives. Times λ it is the weight of
+    their gradient, beside the positive's 1. NT-Xent has the positive in the softmax as well, with share
+    `positive`, and leaves (1 − positive) to the negatives."""
+    data, labels = theory_images(train, cfg)
+    z, m, shares = embed(encoder, data, cfg, "repulsion", n=2, groups=2)["projection"], min(cfg.batch_size, len(labels)), {}
+    itself, image = torch.eye(2 * m, dtype=torch.bool, device=z.device), torch.arange(m, device=z.device).repeat(2)
+    same_image = image[:, None] == image  # the anchor and its positive
+    for z1, z2, y in batches_of_pairs(z, labels, m, cfg):
+        z_all, y = torch.cat([z1, z2]), y.repeat(2)
+        s, same_class = z_all @ z_all.T, y[:, None] == y
+        shares.setdefault("by_chance", []).append((same_class & ~same_image).double().mean() * 2 * m / (2 * m - 2))
+        for alpha in sorted({1.0, 2.0, 4.0, 8.0, cfg.alpha}):
+            same = ((alpha * s).masked_fill(same_image, -math.inf).softmax(1) * same_class).sum(1)
+            positive = ((alpha * s).masked_fill(itself, -math.inf).softmax(1) * same_image).sum(1)
+            shares.setdefault(alpha, []).append(torch.stack([same, positive, (1 - positive) * same]).double().mean(1))
+    result = {"batch": m, "by_chance": torch.stack(shares.pop("by_chance")).mean().item()}
+    for alpha, values in shares.items():
+        same, positive, ntxent_same = torch.stack(values).mean(0).tolist()
+        result[f"alpha_{alpha:g}"] = {
+            "same_class": same, "same_class_times_lam": cfg.lam * same, "ntxent_same_class": ntxent_same,
+            "ntxent_positive": positive, "ntxent_positive_times_lam": cfg.lam * positive}
+    return result
+
+def class_distance_variance(features, labels):
+    """(CDNV, directional CDNV) of arXiv 2506.04411, means over ordered pairs of classes: the variance of a
+    class, whole or along the line to the other class's centre, over the squared distance of the centres."""
+    centres, C = class_means(features, labels), int(labels.max()) + 1
+    apart = (centres[:, None] - centres).norm(dim=2).fill_diagonal_(math.inf)  # [C, C]
+    spread, along = [], []
+    for c in range(C):
+        rest = features[labels == c] - centres[c]
+        spread.append(rest.square().sum(1).mean())
+        along.append((rest @ ((centres - centres[c]) / apart[c, :, None]).T).square().mean(0))
+    pairs = C * (C - 1)
+    return ((torch.stack(spread)[:, None] / apart ** 2).sum() / pairs).item(), \
+        ((torch.stack(along) / apart ** 2).sum() / pairs).item()
+
+def nscl(encoder, train, test, cfg, draws=5):
+    """Self-supervised against supervised (arXiv 2506.04411): the gap L − L_NSCL and its bound
+    (λ/α) log(1 + (n_y − 1) e^{2α} / (m − n_y)), mean over anchors of classes with n_y of the m images,
+    for the first classes of a shuffled list; CDNV, directional CDNV; top-1 in % by n labels a class, of the
+    nearest class centre and a linear classifier, both on backbone features of unit length."""
+    data, labels = theory_images(train, cfg)
+    z, classes, result = embed(encoder, data, cfg, "nscl", n=2, groups=2)["projection"], int(labels.max()) + 1, {}
+    number = torch.randperm(classes, generator=rng(cfg.seed, "classes")).to(z.device)[labels]
+    for C in sorted({c for c in (2, 5, 10, 20, 50, 100) if c < classes} | {classes}):
+        some = number < C
+        m = min(cfg.batch_size, int(some.sum())) // world_size() * world_size()
+        mine, batches = share(m), list(batches_of_pairs(z[some], number[some], m, cfg))
+        for alpha in sorted({1.0, 2.0, 4.0, 8.0, cfg.alpha}):
+            rows = []
+            for z1, z2, y in batches:
+                n_y = y.bincount(minlength=C)[y].double()
+                if n_y.max() == m:
+                    raise UserError(f"--eval nscl: --batch-size {m} is too small for images of other classes")
+                pair = z1[mine], z2[mine]
+                rows.append(torch.stack([
+                    balanced_contrastive_loss(*pair, alpha, cfg.lam), nscl_loss(*pair, y[mine], alpha, cfg.lam),
+                    cfg.lam / alpha * torch.log1p((n_y - 1) * math.exp(2 * alpha) / (m - n_y)).mean()]))
+            loss, supervised, bound = torch.stack(gather(torch.stack(rows).mean(0))).mean(0).tolist()
+            result[f"classes_{C}_alpha_{alpha:g}"] = {
+                "loss": loss, "nscl": supervised, "gap": loss - supervised, "bound": bound}
+    features, known = (gather_rows(x, len(train.labels)) for x in extract(encoder.backbone, train))
+    queries, answers = (gather_rows(x, len(test.labels)) for x in extract(encoder.backbone, test))
+    result["cdnv"], result["directional_cdnv"] = class_distance_variance(features, known.unique(return_inverse=True)[1])
+    features, queries = F.normalize(features, dim=1), F.normalize(queries, dim=1)
+    for shots in (n for n in (1, 5, 10, 100) if n <= known.bincount()[known.unique()].min()):
+        centre, linear = [], []
+        for draw in range(draws):
+            rows = balanced_subset(known.cpu(), shots * len(known.unique()), "few-shot", cfg.seed, draw)
+            x, y = features[rows], known[rows]
+            orders = (torch.randperm(len(rows), generator=rng(cfg.seed, "few-shot", draw, epoch)).split(cfg.probe_batch)
+                      for epoch in range(cfg.probe_epochs))
+            probe = train_probe(((x[part], y[part]) for order in orders for part in order),
+                                nn.Linear(x.shape[1], len(train.classes)).to(x.device), len(rows), cfg)
+            names, place = y.unique(return_inverse=True)
+            nearest = names[torch.cdist(queries, class_means(x, place)).argmin(1)]
+            for found, predicted in ((centre, nearest), (linear, probe(queries).argmax(1))):
+                found.append(100 * (predicted == answers).double().mean().item())
+        result[f"{shots}_shot"] = {"centre": np.mean(centre), "centre_sd": np.std(centre, ddof=1),
+                                   "linear": np.mean(linear), "linear_sd": np.std(linear, ddof=1)}
+    return result
+
+EVALUATIONS = {"knn": lambda encoder, *rest: knn_accuracy(encoder.backbone, *rest),
+               "linear": lambda encoder, *rest: linear_accuracy(encoder.backbone, *rest),
+               "bias": prototype_bias, "bounds": bounds, "assumptions": assumptions, "repulsion": repulsion, "nscl": nscl}
 
 
 # ------------------------------------------ command line ---------------------------------------
@@ -924,14 +1137,17 @@ IMAGENET = dict(  # A.3.1. The paper's figures: kNN 51.00, linear 67.40
     alpha=4.0, lam=2.0, epochs=100, batch_size=512, lr=0.1, backbone="resnet50", stem="imagenet",
     projector=(2048, 2048, 2048), size=224, crop_scale=(0.2, 1.0),
     parts=("crop", "color_jitter", "grayscale", "gaussian_blur", "flip"),
-    k=200, probe="crops", probe_optimizer="lars", probe_lr=0.1, probe_batch=4096, probe_epochs=90, baseline=False)
+    k=200, probe="crops", probe_optimizer="lars", probe_lr=0.1, probe_batch=4096, probe_epochs=90, baseline=False,
+    theory_limit=50_000)
 PATTERNS_RECIPE = {**CIFAR, **dict(  # ours
     alpha=4.0, lam=2.0, epochs=7, batch_size=128, lr=0.5, backbone="resnet10", stem="imagenet",
-    projector=(512, 128), crop_scale=(0.3, 1.0), k=5, probe="cached", probe_lr=10.0)}
+    projector=(512, 128), crop_scale=(0.3, 1.0), k=5, probe="cached", probe_lr=10.0,
+    eval=["knn", "linear", "bias", "bounds"], theory_limit=512)}
 RECIPES = {"patterns": PATTERNS_RECIPE, "cifar10": CIFAR, "cifar100": CIFAR, "imagenet": IMAGENET, "folder": IMAGENET,
            "stl10": {**CIFAR, "stem": "imagenet", "size": 96}}  # ours
 COMMON = dict(loss="balanced", similarity="cosine", drop=[], add=[], limit=None, subset="full", subset_file=None,
-              seed=0, checkpoint=None, save_every=0, compile=False, eval=list(EVALUATIONS))
+              seed=0, checkpoint=None, save_every=0, views=10, theory_limit=None, compile=False,
+              eval=["knn", "linear"])
 NOT_IDENTITY = ("out", "eval", "workers", "compile", "save_every")  # a rerun may change these
 
 def public(cfg):
@@ -980,7 +1196,9 @@ def parse_flags(argv=None):
     flag("--workers", type=bounded(int, 0), help="decoding processes of each rank, for images on disk")
     flag("--compile", action="store_true", help="torch.compile the network")
     flag("--checkpoint", type=Path, metavar="FILE", help="evaluate this last.pt instead of pretraining")
-    flag("--eval", nargs="*", choices=EVALUATIONS, help="default: all")
+    flag("--eval", nargs="*", choices=EVALUATIONS, help="default: knn linear; patterns: bias bounds as well")
+    flag("--views", type=bounded(int, 2), metavar="K", help="views of an image that stand for E_T in theory, even")
+    flag("--theory-limit", type=bounded(int, 4), metavar="N", help="training images that theory is measured on")
     flag("--baseline", action=argparse.BooleanOptionalAction, help="evaluate the untrained backbone as well")
     flag("--k", type=bounded(int, 1), help="nearest neighbours that vote")
     flag("--probe", choices=("crops", "cached"), help="linear classifier on fresh crops, or on features made once")
@@ -1019,6 +1237,7 @@ def check(cfg):
     for wrong, message in (
             (cfg.backbone not in (*known, "resnet10", "pixels"),
              f"--backbone {cfg.backbone} is none of resnet10, pixels, {', '.join(known)}"),
+            (cfg.views % 2, f"--views {cfg.views} is odd: the bias compares two halves"),
             (len(set(cfg.parts)) < len(cfg.parts), f"--add {' '.join(cfg.add)}: the {cfg.dataset} recipe has one of these"),
             (cfg.subset_file and (cfg.limit or cfg.subset != "full"),
              "--subset-file says which images to use: leave out --subset and --limit"),
@@ -1052,6 +1271,11 @@ def run(cfg):
         train, test = load_data(cfg, device)
         if cfg.epochs and not cfg.checkpoint and len(train.labels) < cfg.batch_size:
             raise UserError(f"--batch-size {cfg.batch_size} is more than the {len(train.labels)} training images")
+        labeled = train.select((train.labels >= 0).nonzero().squeeze(1))  # STL-10 has images without a label
+        if cfg.eval and not len(labeled.labels):
+            raise UserError(f"--eval {' '.join(cfg.eval)} needs labels, and the training images have none")
+        if set(cfg.eval) - {"knn", "linear"}:
+            theory_images(labeled, cfg)  # complains now, not after pretraining
     except UserError:
         if LOCAL_RANK > 0:  # all processes of a machine see the same: one complaint is enough
             sys.exit(2)
@@ -1062,20 +1286,29 @@ def run(cfg):
         encoder = Encoder(cfg.backbone, cfg.stem, cfg.projector, cfg.size)
         return encoder.to(device, memory_format=torch.channels_last)
 
+    def load(encoder, file):
+        state = read_checkpoint(file)
+        encoder.backbone.load_state_dict(state["backbone"])
+        encoder.projector.load_state_dict(state["projector"])
+        return encoder
+
     def save():
         if lead:
             save_atomically(path, json.dumps(results, indent=1) + "\n")
 
+    class_counts = labeled.labels.bincount(minlength=len(train.classes)).tolist()
     encoder, lead, path = new_encoder(), rank() == 0, cfg.out / "results.json"
     if cfg.checkpoint:
         try:
-            encoder.backbone.load_state_dict(read_checkpoint(cfg.checkpoint)["backbone"])
+            load(encoder, cfg.checkpoint)
         except RuntimeError as error:
             raise UserError(f"{cfg.checkpoint} does not fit: {str(error).splitlines()[-1].strip()}") from None
     if lead:
         print(f"balcon: {cfg.dataset}, {len(train.labels)} training and {len(test.labels)} test images, "
               f"{cfg.backbone}, {cfg.loss} loss (α={cfg.alpha:g}, λ={cfg.lam:g}), {cfg.epochs} epochs -> {cfg.out}",
               flush=True)
+        print(f"training images per class: {class_counts if len(class_counts) <= 10 else ''} "
+              f"{min(class_counts)} to {max(class_counts)}", flush=True)
         try:
             cfg.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -1083,7 +1316,7 @@ def run(cfg):
 
     # Figures of the trained backbone stand in results.json under their names, those of the untrained
     # one beside it with a prefix; with --epochs 0 there is only the untrained one, without prefix.
-    results = {"config": public(cfg), "seed": cfg.seed, "seconds": 0.0}
+    results = {"config": public(cfg), "seed": cfg.seed, "seconds": 0.0, "class_counts": class_counts}
     results.update(json.loads(path.read_text()) if path.exists() else {})
     stages = {"untrained_": "untrained", "": "trained"} if cfg.baseline else {"": "trained"}
     stages = stages if cfg.epochs else {"": "untrained"}
@@ -1092,23 +1325,25 @@ def run(cfg):
         results["seconds"] = round(pretrain(encoder, train, cfg), 1)
     elif lead and not path.exists():
         open_log(cfg, 0).close()
-    if (train.labels < 0).any():  # STL-10: only pretraining uses images without a label
-        keep = train.labels >= 0
-        train = InMemory(train.pixels[keep.to(device)], train.labels[keep], train.classes, device)
     for stage, name in missing:
-        backbone = (new_encoder() if stage else encoder).backbone
-        results[stage + name] = EVALUATIONS[name](backbone, train, test, cfg)
+        results[stage + name] = EVALUATIONS[name](new_encoder() if stage else encoder, labeled, test, cfg)
         save()  # each time: on ImageNet an evaluation takes hours
+    kept = [] if cfg.checkpoint or "bounds" not in cfg.eval else sorted(cfg.out.glob("epoch*.pt"))
+    if kept and "bounds_over_epochs" not in results:
+        results["bounds_over_epochs"] = [
+            {"epoch": int(file.stem[5:]), **bounds(load(new_encoder(), file), labeled, test, cfg)} for file in kept]
+        save()
     if not path.exists():
         save()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     if not lead:
         return 0
-    titles = {"knn": f"kNN, k={min(cfg.k, len(train.labels))}", "linear": f"linear, {cfg.probe_optimizer.upper()}"}
-    for row in [["top-1 on test, %", *stages.values()]] + [
-            [titles[name], *(f"{results[stage + name]:.2f}" for stage in stages)] for name in cfg.eval]:
-        print("".join(f"{text:>20}" for text in row))
+    print_table([[f"top-1 in %, kNN of k={min(cfg.k, len(labeled.labels))}; theory", *stages.values()]] + [
+        row for name in cfg.eval for row in rows_of(name, [results[stage + name] for stage in stages])])
+    if over_epochs := results.get("bounds_over_epochs"):
+        print_table([["epoch", "gap of Eq. 8", "gap of Eq. 10"]] + [
+            [row["epoch"], row["attract_gap"], row["repel_gap"]] for row in over_epochs])
     recipe = {**COMMON, **RECIPES["patterns"], "dataset": "patterns", "seed": cfg.seed, "eval": cfg.eval}
     if "knn" not in cfg.eval or any(getattr(cfg, key) != recipe[key] for key in recipe):
         return 0
@@ -1116,6 +1351,17 @@ def run(cfg):
     print(f"kNN error: {error:.1f} % trained, {untrained:.1f} % untrained: " +
           ("it learned." if error < untrained / 4 else "FAILED, it should be less than a quarter."))
     return 0 if error < untrained / 4 else 1
+
+def rows_of(name, values):
+    """Rows of a table for the same metric of several networks: a number each, or a tree of numbers each."""
+    if not isinstance(values[0], dict):
+        return [[name, *values]]
+    return [row for key in values[0] for row in rows_of(f"{name} {key}", [value[key] for value in values])
+            if not key.endswith(("_se", "_sd"))]
+
+def print_table(rows):
+    for row in rows:
+        print("".join(f"{x:{'<46' if i == 0 else '>16'}{'.4g' if isinstance(x, float) else ''}}" for i, x in enumerate(row)))
 
 def main(argv=None):
     try:
