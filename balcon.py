@@ -791,7 +791,7 @@ def read_log(path):
     return lines if lines and "config" in lines[0] else []
 
 def environment():
-    """What else decides the figures: the first line of every log."""
+    """What else decides the figures: in the first line of every log, and in results.json as of the last evaluation."""
     git = subprocess.run("git describe --always --abbrev=40 --dirty", shell=True, cwd=Path(__file__).resolve().parent,
                          capture_output=True, text=True)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -1294,7 +1294,7 @@ def run(cfg):
 
     def save():
         if lead:
-            save_atomically(path, json.dumps(results, indent=1) + "\n")
+            save_atomically(path, json.dumps({**results, "environment": environment()}, indent=1) + "\n")
 
     class_counts = labeled.labels.bincount(minlength=len(train.classes)).tolist()
     encoder, lead, path = new_encoder(), rank() == 0, cfg.out / "results.json"
