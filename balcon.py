@@ -919,23 +919,20 @@ def train_probe(batches, probe, n, cfg):
 # Each instrument measures what the paper assumes, bounds or explains, on training images and their labels.
 # f(t(x)) below is the projection of unit length (Assumption 4.2), unless another space is named.
 @torch.no_grad()
-def embed(encoder, data, cfg, *key, n=1, groups=1, spaces=("projection",)):
-    """{space: [N, groups, d]}: means over n/groups views each of all N images, on every rank.
+def embed(encoder, data, cfg, *key, n=1, groups=1):
+    """(projections of unit length, raw projections, backbone features), on every rank: [N, groups, d] each,
+    means over n/groups views of each of the N images. The same key gives the same t to the same row.
 
-    Spaces: "projection" of unit length, "raw_projection", "features" of the backbone. In float32 on CUDA
-    too: rounding is a distance as well. The same key gives the same t to the same row.
+    In float32 on CUDA too: rounding would be a distance as well.
     """
+    batches, views, means = torch.arange(len(data.labels)).split(max(1, 512 // n)), Views(cfg.parts, cfg.size, cfg.crop_scale), []
     encoder.eval()
-    batches, means = torch.arange(len(data.labels)).split(max(1, 512 // n)), {space: [] for space in spaces}
-    views = Views(cfg.parts, cfg.size, cfg.crop_scale)
     for rows, (x, _) in zip(batches, data.batches(enumerate(batches), views, n, (cfg.seed, *key), shared=True)):
-        found = {"features": encoder.backbone(x)}
-        found["raw_projection"] = encoder.projector(found["features"])
-        found["projection"] = F.normalize(found["raw_projection"], dim=1)
-        for space in spaces:
-            views_of_image = found[space].unflatten(0, (groups, n // groups, -1))
-            means[space].append(gather_rows(views_of_image.mean(1).transpose(0, 1), len(rows)))
-    return {space: torch.cat(parts) for space, parts in means.items()}
+        features = encoder.backbone(x)
+        raw = encoder.projector(features)
+        means.append([gather_rows(z.unflatten(0, (groups, n // groups, -1)).mean(1).transpose(0, 1), len(rows))
+                      for z in (F.normalize(raw, dim=1), raw, features)])
+    return [torch.cat(space) for space in zip(*means)]
 
 def class_means(x, labels):
     """x [N, ...], labels [N] of 0 … C−1, all present -> [C, ...]."""
@@ -947,9 +944,9 @@ def theory_images(train, cfg):
     limit = min(cfg.theory_limit or len(train.labels), len(train.labels))
     data = train.select(balanced_subset(train.labels, limit, "theory"))
     names, data.labels = data.labels.unique(return_inverse=True)
-    if len(names) < 2 or data.labels.bincount().min() < 2:
-        raise UserError("theory is about classes: it needs two or more, each of two or more training images; "
-                        "there are " + str(data.labels.bincount().tolist()))
+    if data.labels.bincount().min() < 2:
+        raise UserError(f"--eval {' '.join(cfg.eval)} compares images of a class, and one class has a single image "
+                        f"among the {limit} it would use")
     return data, data.labels.to(train.device)
 
 def eq16(halves, labels):
@@ -974,17 +971,16 @@ def prototype_bias(encoder, train, test, cfg):
     order = torch.randperm(len(labels), generator=generator)
     for rows in (order[data.labels[order] == c] for c in data.labels.unique()):
         partner[rows] = rows.roll(1)  # x′, another image of the class
-    spaces, result = ("projection", "raw_projection", "features"), {}
-    x = embed(encoder, data, cfg, "bias", spaces=spaces)
-    other = embed(encoder, data.select(partner), cfg, "bias", spaces=spaces)  # the same t as x
-    halves = embed(encoder, data, cfg, "view means", n=cfg.views, groups=2, spaces=spaces)
-    for space in spaces:
-        distance = (x[space] - other[space]).norm(dim=2)
-        random = (x[space][order] - x[space][order.roll(1)]).norm(dim=2).mean().item()
-        result[space] = {"eq51": distance.mean().item(), "eq51_se": distance.std().item() / math.sqrt(len(labels))}
-        result[space]["eq16"], result[space]["eq16_se"] = eq16(halves[space], labels)
-        result[space]["random_pairs"] = random
-        result[space].update({f"{eq}_relative": result[space][eq] / random for eq in ("eq51", "eq16")})
+    samples = zip(embed(encoder, data, cfg, "bias"), embed(encoder, data.select(partner), cfg, "bias"),  # the same t
+                  embed(encoder, data, cfg, "view means", n=cfg.views, groups=2))
+    result = {}
+    for space, (x, other, halves) in zip(("projection", "raw_projection", "features"), samples):
+        distance, (bias, error) = (x - other).norm(dim=2), eq16(halves, labels)
+        scale = (x[order] - x[order.roll(1)]).norm(dim=2).mean().item()
+        result[space] = {
+            "eq51": distance.mean().item(), "eq51_se": distance.std().item() / math.sqrt(len(labels)),
+            "eq16": bias, "eq16_se": error, "random_pairs": scale,
+            "eq51_relative": distance.mean().item() / scale, "eq16_relative": bias / scale}
     return result
 
 def theorem_sides(anchor, mean_view, bank, labels, alpha):
@@ -1007,9 +1003,9 @@ def theorem_sides(anchor, mean_view, bank, labels, alpha):
 
 def measured_sides(encoder, train, cfg):
     data, labels = theory_images(train, cfg)
-    views = {key: embed(encoder, data, cfg, "bounds", key, n=n)["projection"][:, 0]
-             for key, n in (("anchor", 1), ("mean", cfg.views), ("bank", 1))}
-    return theorem_sides(views["anchor"], views["mean"], views["bank"], labels, cfg.alpha)
+    anchor, mean_view, bank = (embed(encoder, data, cfg, "bounds", key, n=n)[0][:, 0]
+                               for key, n in (("anchor", 1), ("mean", cfg.views), ("bank", 1)))
+    return theorem_sides(anchor, mean_view, bank, labels, cfg.alpha)
 
 def bounds(encoder, train, test, cfg):
     """How tight Theorems 4.4 (K views) and 4.6 (one T′, the training images as bank) are: mean gaps
@@ -1044,7 +1040,8 @@ def repulsion(encoder, train, test, cfg):
     their gradient, beside the positive's 1. NT-Xent has the positive in the softmax as well, with share
     `positive`, and leaves (1 − positive) to the negatives."""
     data, labels = theory_images(train, cfg)
-    z, m, shares = embed(encoder, data, cfg, "repulsion", n=2, groups=2)["projection"], min(cfg.batch_size, len(labels)), {}
+    z, shares = embed(encoder, data, cfg, "repulsion", n=2, groups=2)[0], {}  # [N, 2, d]
+    m = min(cfg.batch_size, len(z))
     itself, image = torch.eye(2 * m, dtype=torch.bool, device=z.device), torch.arange(m, device=z.device).repeat(2)
     same_image = image[:, None] == image  # the anchor and its positive
     for z1, z2, y in batches_of_pairs(z, labels, m, cfg):
@@ -1083,7 +1080,7 @@ def nscl(encoder, train, test, cfg, draws=5):
     for the first classes of a shuffled list; CDNV, directional CDNV; top-1 in % by n labels a class, of the
     nearest class centre and a linear classifier, both on backbone features of unit length."""
     data, labels = theory_images(train, cfg)
-    z, classes, result = embed(encoder, data, cfg, "nscl", n=2, groups=2)["projection"], int(labels.max()) + 1, {}
+    z, classes, result = embed(encoder, data, cfg, "nscl", n=2, groups=2)[0], int(labels.max()) + 1, {}
     number = torch.randperm(classes, generator=rng(cfg.seed, "classes")).to(z.device)[labels]
     for C in sorted({c for c in (2, 5, 10, 20, 50, 100) if c < classes} | {classes}):
         some = number < C
@@ -1125,7 +1122,8 @@ def nscl(encoder, train, test, cfg, draws=5):
 
 EVALUATIONS = {"knn": lambda encoder, *rest: knn_accuracy(encoder.backbone, *rest),
                "linear": lambda encoder, *rest: linear_accuracy(encoder.backbone, *rest),
-               "bias": prototype_bias, "bounds": bounds, "assumptions": assumptions, "repulsion": repulsion, "nscl": nscl}
+               "bias": prototype_bias, "bounds": bounds, "assumptions": assumptions,
+               "repulsion": repulsion, "nscl": nscl}
 
 
 # ------------------------------------------ command line ---------------------------------------
@@ -1238,7 +1236,7 @@ def check(cfg):
             (cfg.backbone not in (*known, "resnet10", "pixels"),
              f"--backbone {cfg.backbone} is none of resnet10, pixels, {', '.join(known)}"),
             (cfg.views % 2, f"--views {cfg.views} is odd: the bias compares two halves"),
-            (len(set(cfg.parts)) < len(cfg.parts), f"--add {' '.join(cfg.add)}: the {cfg.dataset} recipe has one of these"),
+            (len(set(cfg.parts)) < len(cfg.parts), f"--add {' '.join(cfg.add)}: the recipe has that already"),
             (cfg.subset_file and (cfg.limit or cfg.subset != "full"),
              "--subset-file says which images to use: leave out --subset and --limit"),
             (cfg.backbone == "pixels" and cfg.epochs, "--backbone pixels has nothing to pretrain: add --epochs 0"),
@@ -1272,8 +1270,8 @@ def run(cfg):
         if cfg.epochs and not cfg.checkpoint and len(train.labels) < cfg.batch_size:
             raise UserError(f"--batch-size {cfg.batch_size} is more than the {len(train.labels)} training images")
         labeled = train.select((train.labels >= 0).nonzero().squeeze(1))  # STL-10 has images without a label
-        if cfg.eval and not len(labeled.labels):
-            raise UserError(f"--eval {' '.join(cfg.eval)} needs labels, and the training images have none")
+        if cfg.eval and len(labeled.labels.unique()) < 2:
+            raise UserError(f"--eval {' '.join(cfg.eval)} needs training images with labels of at least two classes")
         if set(cfg.eval) - {"knn", "linear"}:
             theory_images(labeled, cfg)  # complains now, not after pretraining
     except UserError:
@@ -1307,8 +1305,8 @@ def run(cfg):
         print(f"balcon: {cfg.dataset}, {len(train.labels)} training and {len(test.labels)} test images, "
               f"{cfg.backbone}, {cfg.loss} loss (α={cfg.alpha:g}, λ={cfg.lam:g}), {cfg.epochs} epochs -> {cfg.out}",
               flush=True)
-        print(f"training images per class: {class_counts if len(class_counts) <= 10 else ''} "
-              f"{min(class_counts)} to {max(class_counts)}", flush=True)
+        spread = class_counts if len(class_counts) <= 10 else f"{min(class_counts)} to {max(class_counts)}"
+        print(f"balcon: labelled training images per class: {spread}", flush=True)
         try:
             cfg.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -1360,8 +1358,8 @@ def rows_of(name, values):
             if not key.endswith(("_se", "_sd"))]
 
 def print_table(rows):
-    for row in rows:
-        print("".join(f"{x:{'<46' if i == 0 else '>16'}{'.4g' if isinstance(x, float) else ''}}" for i, x in enumerate(row)))
+    for first, *values in rows:
+        print(f"{first:<44}" + "".join(f"{x:>14.4g}" if isinstance(x, float) else f"{x:>14}" for x in values))
 
 def main(argv=None):
     try:
