@@ -25,6 +25,7 @@ Map, in the order of use:
     distributed    what one process and N processes must share to be equal
     pretraining    SGD, checkpoints, resume
     evaluation     k nearest neighbours, linear probe
+    theory         prototype bias, tightness of the bounds, assumptions, false negatives, the NSCL gap
     command line   the recipes, all defaults in one table
 """
 import argparse
@@ -925,8 +926,9 @@ def embed(encoder, data, cfg, *key, n=1, groups=1):
 
     In float32 on CUDA too: rounding would be a distance as well.
     """
-    batches, views, means = torch.arange(len(data.labels)).split(max(1, 512 // n)), Views(cfg.parts, cfg.size, cfg.crop_scale), []
+    batches, views = torch.arange(len(data.labels)).split(max(1, 512 // n)), Views(cfg.parts, cfg.size, cfg.crop_scale)
     encoder.eval()
+    means = []
     for rows, (x, _) in zip(batches, data.batches(enumerate(batches), views, n, (cfg.seed, *key), shared=True)):
         features = encoder.backbone(x)
         raw = encoder.projector(features)
@@ -1208,7 +1210,7 @@ def parse_flags(argv=None):
 
     if "checkpoint" in given:
         saved = read_checkpoint(given["checkpoint"])["config"]
-        for key in set(given) & set(saved) - {"checkpoint", "data", "limit", "k", "baseline"}:
+        for key in set(given) & set(saved) - {"checkpoint", "data", "limit", "k", "baseline", "views", "theory_limit"}:
             if given[key] != saved[key] and not key.startswith("probe"):
                 raise UserError(f"{given['checkpoint']} was made with --{key} {saved[key]}, not {given[key]}")
     dataset = given.get("dataset", saved.get("dataset", "patterns"))
@@ -1355,7 +1357,7 @@ def rows_of(name, values):
     if not isinstance(values[0], dict):
         return [[name, *values]]
     return [row for key in values[0] for row in rows_of(f"{name} {key}", [value[key] for value in values])
-            if not key.endswith(("_se", "_sd"))]
+            if not key.endswith(("_se", "_sd", "_lhs", "_rhs", "_b", "_pairs"))]  # results.json has them
 
 def print_table(rows):
     for first, *values in rows:
