@@ -26,6 +26,7 @@ Map, in the order of use:
     pretraining    SGD, checkpoints, resume
     evaluation     k nearest neighbours, linear probe
     theory         prototype bias, tightness of the bounds, assumptions, false negatives, the NSCL gap
+    report         tables and figures over finished runs
     command line   the recipes, all defaults in one table
 """
 import argparse
@@ -1128,6 +1129,162 @@ EVALUATIONS = {"knn": lambda encoder, *rest: knn_accuracy(encoder.backbone, *res
                "repulsion": repulsion, "nscl": nscl}
 
 
+# ------------------------------------------ report ---------------------------------------------
+SPACES = ("projection", "raw_projection", "features")
+DIGITS = {"linear": 2, "knn": 2, "images": 0, "largest_class": 0, "smallest_class": 0}  # others: 3
+
+def read_results(dirs):
+    """The results.json of every run in `dirs`, or in the directories there; older configs are completed."""
+    runs = {}
+    for folder in dirs:
+        paths = [path for path in (folder / "results.json", *sorted(folder.glob("*/results.json"))) if path.exists()]
+        if not paths:
+            raise UserError(f"--report {folder}: no results.json there, nor in a directory there")
+        for path in paths:
+            try:
+                run = json.loads(path.read_text())
+                config = run["config"] = {**COMMON, **run["config"]}
+                names = ["−" + part for part in sorted(config["drop"])] + ["+" + part for part in config["add"]]
+                config["strategy"] = " ".join(names) or "base"  # named as in Fig. 3
+                for name, f in (("images", sum), ("largest_class", max), ("smallest_class", min)):
+                    run[name] = f(run["class_counts"]) if run.get("class_counts") else None
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"--report: {path} is not the results of a run: {error!r}") from None
+            runs[path.resolve()] = run
+    return list(runs.values())
+
+def comparable(runs, *varied):
+    """Groups of runs alike in all but `varied` and the seed: {values of varied: [run, ...]}, two keys or more."""
+    aside, groups = {*varied, *NOT_IDENTITY, "seed", "data", "checkpoint", "baseline", "parts", "drop", "add"}, {}
+    for run in runs:
+        alike = json.dumps({k: v for k, v in run["config"].items() if k not in aside}, sort_keys=True)
+        groups.setdefault(alike, {}).setdefault(tuple(run["config"][key] for key in varied), []).append(run)
+    return [cells for cells in groups.values() if len(cells) > 1]
+
+def over_seeds(runs, *keys):
+    """Mean of run[key][key]… over the runs that have it, nan if none has, and its text: with the sample standard
+    deviation where there are several seeds."""
+    values = {}
+    for run in runs:
+        figure = run
+        for key in keys:
+            figure = (figure or {}).get(key)
+        values.update({run["seed"]: figure} if figure is not None else {})
+    values, digits = list(values.values()), DIGITS.get(keys[0], 3)
+    mean = np.mean(values) if values else math.nan
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 and digits else ""
+    return mean, f"{mean:.{digits}f}{spread}" if values else "–"
+
+def correlation(x, y):
+    """Pearson's r with its 95 % interval (Fisher's z) and Spearman's ρ of figures without ties, as text."""
+    x, y = (np.array(values)[np.isfinite(x) & np.isfinite(y)] for values in (x, y))
+    if len(x) < 4:
+        return "–"
+    r, rho = (np.corrcoef(a, b)[0, 1] for a, b in ((x, y), (x.argsort().argsort(), y.argsort().argsort())))
+    low, high = np.tanh(np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12)) + np.array([-1.96, 1.96]) / math.sqrt(len(x) - 3))
+    return f"r = {r:.2f} [{low:.2f}, {high:.2f}], ρ = {rho:.2f}"
+
+def markdown(title, rows):
+    if any(text != "–" for row in rows[1:] for text in row[1:]):
+        print(f"\n{title}\n")
+        for i, row in enumerate(rows):
+            print("| " + " | ".join(map(str, row)) + " |" + ("" if i else "\n|" + "---|" * len(row)))
+
+def report(dirs, out):
+    """Print Markdown tables that compare finished runs; with matplotlib, draw them as SVG into `out`.
+
+    Runs share a table if they differ only in what it varies and in the seed.
+    """
+    runs, figures = read_results(dirs), []  # figures: (file name, title, what is drawn)
+
+    def about(runs):
+        c, seeds = runs[0]["config"], sorted({run["seed"] for run in runs})
+        images = runs[0]["images"] or c["limit"] or "all"
+        return (f"{c['dataset']}, {images} images, {c['backbone']}, {c['epochs']} epochs, batch {c['batch_size']}, "
+                f"lr {c['lr']:g}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
+
+    for metric in ("linear", "knn"):
+        for cells in comparable(runs, "alpha", "lam"):  # Figs. 4 and 5
+            alphas, lams = (sorted(set(values)) for values in zip(*cells))
+            grid = [[over_seeds(cells.get((alpha, lam), []), metric) for lam in lams] for alpha in alphas]
+            means = np.array([[mean for mean, _ in row] for row in grid])
+            if np.isnan(means).all():
+                continue
+            group = sum(cells.values(), [])
+            loss = group[0]["config"]["loss"]
+            title = f"{loss} loss, {metric} accuracy (%): {about(group)}"
+            markdown(title, [["", *(f"λ = {lam:g}" for lam in lams)]] + [
+                [f"α = {alpha:g}", *(f"**{text}**" if mean == np.nanmax(means) else text for mean, text in row)]
+                for alpha, row in zip(alphas, grid)])
+            figures.append((f"grid_{loss}_{metric}", title, (alphas, lams, means)))
+
+    for varied in ("strategy", "similarity", "subset"):  # Fig. 3, Table 1, Tables 2 and 5
+        for cells in comparable(runs, varied):
+            title, accuracies = f"by {varied}: {about(sum(cells.values(), []))}", [("linear",), ("knn",)]
+            names = [name for name, in sorted(cells, key=lambda key: -np.nan_to_num(over_seeds(cells[key], "linear")[0]))]
+            biases = [("bias", space, eq) for eq in ("eq51", "eq16", "eq51_relative", "eq16_relative")
+                      for space in SPACES] if varied == "strategy" else []
+            sizes = [(key,) for key in ("images", "largest_class", "smallest_class")] if varied == "subset" else []
+            for columns in (sizes + accuracies, biases[:6], biases[6:]):
+                markdown(title, [[varied, *map(" ".join, columns)]] + [
+                    [name, *(over_seeds(cells[name,], *keys)[1] for keys in columns)] for name in names])
+            if not biases:
+                continue
+            mean = {keys: [over_seeds(cells[name,], *keys)[0] for name in names]
+                    for keys in accuracies + biases}
+            markdown(f"bias against accuracy, {len(names)} strategies as points, {title}", [["", "linear", "knn"]] + [
+                [" ".join(keys), *(correlation(mean[keys], mean[of]) for of in accuracies)] for keys in biases])
+            figures.append(("bias", title, (names, mean["linear",], [mean[keys] for keys in biases[:3]])))
+
+    for run in (run for run in runs if "bounds_over_epochs" in run):  # Fig. 6
+        title, kept = f"bounds over epochs: {about([run])}", run["bounds_over_epochs"]
+        markdown(title, [["epoch", "gap of Eq. 8, attracting", "gap of Eq. 10, repelling"]] + [
+            [at["epoch"], f"{at['attract_gap']:.4f}", f"{at['repel_gap']:.4f}"] for at in kept])
+        figures.append(("bounds", title, kept))
+    if figures:
+        draw(figures, out)
+    else:
+        print("no figures to draw, and no grid, strategies or bounds among these runs")
+
+def draw(figures, out):
+    """SVG files, the same bytes every time; white behind, for light and dark pages."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure  # without pyplot nothing looks for a display
+    except ImportError:
+        print("\nno matplotlib: no figures")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for number, (name, title, data) in enumerate(figures):
+        figure = Figure((11 if name == "bias" else 5, 4), layout="constrained")
+        figure.suptitle(title, fontsize=7, wrap=True)
+        if name == "bounds":
+            axes = figure.subplots()
+            for key, label in (("attract_gap", "attracting, Eq. 8"), ("repel_gap", "repelling, Eq. 10")):
+                axes.plot([at["epoch"] for at in data], [at[key] for at in data], "o-", label=label)
+            axes.set(xlabel="epoch", ylabel="mean gap", ylim=(0, None))
+            axes.legend()
+        elif name == "bias":
+            names, accuracy, biases = data
+            for axes, space, bias in zip(figure.subplots(1, 3, sharey=True), SPACES, biases):
+                axes.set(xlabel=f"bias (Eq. 51), {space}", ylabel="linear accuracy (%)")
+                axes.scatter(bias, accuracy)
+                for label, *point in zip(names, bias, accuracy):
+                    axes.annotate(label, point, (3, 3), textcoords="offset points", fontsize=7)
+        else:  # the layout of Figs. 4 and 5
+            axes, (alphas, lams, means) = figure.subplots(), data
+            figure.colorbar(axes.imshow(np.ma.masked_invalid(means), cmap="Blues"), label="accuracy (%)")
+            axes.set(xticks=range(len(lams)), xticklabels=[f"λ={lam:g}" for lam in lams],
+                     yticks=range(len(alphas)), yticklabels=[f"α={alpha:g}" for alpha in alphas])
+            for (row, column), mean in np.ndenumerate(np.ma.masked_invalid(means)):
+                axes.text(column, row, f"{mean:.2f}" if np.isfinite(mean) else "–", ha="center", fontweight="bold",
+                          color="white" if mean > (np.nanmin(means) + np.nanmax(means)) / 2 else "black")
+        path = out / f"{number:02}_{name}.svg"
+        with matplotlib.rc_context({"svg.hashsalt": "balcon"}):
+            figure.savefig(path, metadata={"Date": None})
+        print(path)
+
+
 # ------------------------------------------ command line ---------------------------------------
 CIFAR = dict(  # A.4.1. The paper's figures: kNN 80.32, linear 86.08
     alpha=2.0, lam=4.0, epochs=200, batch_size=512, lr=0.1, backbone="resnet18", stem="cifar",
@@ -1146,9 +1303,9 @@ PATTERNS_RECIPE = {**CIFAR, **dict(  # ours
 RECIPES = {"patterns": PATTERNS_RECIPE, "cifar10": CIFAR, "cifar100": CIFAR, "imagenet": IMAGENET, "folder": IMAGENET,
            "stl10": {**CIFAR, "stem": "imagenet", "size": 96}}  # ours
 COMMON = dict(loss="balanced", similarity="cosine", drop=[], add=[], limit=None, subset="full", subset_file=None,
-              seed=0, checkpoint=None, save_every=0, views=10, theory_limit=None, compile=False,
+              seed=0, checkpoint=None, save_every=0, views=10, theory_limit=None, compile=False, report=None,
               eval=["knn", "linear"])
-NOT_IDENTITY = ("out", "eval", "workers", "compile", "save_every")  # a rerun may change these
+NOT_IDENTITY = ("out", "eval", "workers", "compile", "save_every", "report")  # a rerun may change these
 
 def public(cfg):
     """What makes a run this run, as it is logged."""
@@ -1200,6 +1357,7 @@ def parse_flags(argv=None):
     flag("--views", type=bounded(int, 2), metavar="K", help="views of an image that stand for E_T in theory, even")
     flag("--theory-limit", type=bounded(int, 4), metavar="N", help="training images that theory is measured on")
     flag("--baseline", action=argparse.BooleanOptionalAction, help="evaluate the untrained backbone as well")
+    flag("--report", nargs="+", type=Path, metavar="DIR", help="compare finished runs; figures go to --out")
     flag("--k", type=bounded(int, 1), help="nearest neighbours that vote")
     flag("--probe", choices=("crops", "cached"), help="linear classifier on fresh crops, or on features made once")
     flag("--probe-optimizer", choices=("sgd", "lars"), help="of the linear classifier")
@@ -1208,6 +1366,8 @@ def parse_flags(argv=None):
     flag("--probe-lr", type=bounded(float, 0), help="for a batch of 256, scaled with --probe-batch")
     given, saved = vars(parser.parse_args(argv)), {}
 
+    if "report" in given:
+        return SimpleNamespace(report=given["report"], out=given.get("out", Path("runs/report")))
     if "checkpoint" in given:
         saved = read_checkpoint(given["checkpoint"])["config"]
         for key in set(given) & set(saved) - {"checkpoint", "data", "limit", "k", "baseline", "views", "theory_limit"}:
@@ -1316,8 +1476,8 @@ def run(cfg):
 
     # Figures of the trained backbone stand in results.json under their names, those of the untrained
     # one beside it with a prefix; with --epochs 0 there is only the untrained one, without prefix.
-    results = {"config": public(cfg), "seed": cfg.seed, "seconds": 0.0, "class_counts": class_counts}
-    results.update(json.loads(path.read_text()) if path.exists() else {})
+    results = {"config": public(cfg), "seed": cfg.seed, "class_counts": class_counts}
+    results = {"seconds": 0.0, **(json.loads(path.read_text()) if path.exists() else {}), **results}
     stages = {"untrained_": "untrained", "": "trained"} if cfg.baseline else {"": "trained"}
     stages = stages if cfg.epochs else {"": "untrained"}
     missing = [(stage, name) for name in cfg.eval for stage in stages if stage + name not in results]
@@ -1365,7 +1525,8 @@ def print_table(rows):
 
 def main(argv=None):
     try:
-        sys.exit(run(parse_flags(argv)))
+        cfg = parse_flags(argv)
+        sys.exit(report(cfg.report, cfg.out) if cfg.report else run(cfg))
     except UserError as error:
         if LOCAL_RANK == 0 or world_size() > 1:
             message = str(error).split("UserError: ")[-1]  # a DataLoader worker wraps it in a traceback
