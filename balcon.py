@@ -432,7 +432,7 @@ def training_subset(cfg, images, labels):
     if cfg.subset == "full":  # the same images whatever the seed
         return balanced_subset(labels, cfg.limit, "limit")
     sizes = labels[labels >= 0].bincount()
-    total = cfg.limit or round(len(labels) * 115_846 / 1_281_167)  # ImageNet-LT's share of ImageNet
+    total = cfg.limit or round(int(sizes.sum()) * 115_846 / 1_281_167)  # ImageNet-LT's share of ImageNet
     if cfg.subset == "uni":
         return balanced_subset(labels, total, "subset", cfg.seed)
     counts, generator = torch.zeros_like(sizes), rng("subset", cfg.seed)
@@ -955,13 +955,16 @@ def theory_images(train, cfg):
 def eq16(halves, labels):
     """Prototype representation bias, Eq. 16: E‖E[f(T(X))|y] − E f(T(x))‖, and its standard error over images.
 
-    halves: [N, 2, d], means over two halves of K views of each image. A mean over K views is off by noise,
-    which makes the distance too long by a term in 1/K; Quenouille's jackknife removes that term: it counts
-    half from half the views, whole from all of them.
+    halves: [N, 2, d], means over two halves of K views of each image. The noise of a mean over K views makes
+    distances too long: their squares by a term in 1/K, which half the views show twice. So we extrapolate
+    the square of the mean distance to K = ∞. The images are the population: an image is in its class's mean.
     """
     gap = class_means(halves, labels)[labels] - halves  # [N, 2, d]
-    distance = 2 * gap.mean(1).norm(dim=1) - gap.norm(dim=2).mean(1)
-    return distance.mean().item(), distance.std().item() / math.sqrt(len(labels))
+    whole, half = gap.mean(1).norm(dim=1), gap.norm(dim=2).mean(1)  # [N] each
+    square = 2 * whole.mean() ** 2 - half.mean() ** 2
+    bias = square.clamp(min=0).sqrt()
+    influence = (2 * whole.mean() * whole - half.mean() * half) / bias  # of each image on the bias, to first order
+    return bias.item(), influence.std().item() / math.sqrt(len(labels))
 
 def prototype_bias(encoder, train, test, cfg):
     """Eq. 51, the paper's estimate of the bias, and Eq. 16, the bias, in three spaces (Section 5.2, A.3.2).
@@ -996,13 +999,13 @@ def theorem_sides(anchor, mean_view, bank, labels, alpha):
     """
     counts, prototypes = labels.bincount(), class_means(bank, labels)  # [C], [C, d]
     own = labels[:, None] == torch.arange(len(counts), device=labels.device)  # [N, C]
-    weight = counts.log()[labels]
+    weight = counts.to(anchor.dtype).log()[labels]
     B = torch.cat([torch.logsumexp(alpha * rows @ bank.T - weight, 1)
                    for rows in anchor.split(max(1, 2 ** 25 // len(bank)))]) / alpha
     nu = prototypes.norm(dim=1).expand_as(own).masked_fill(own, math.inf).amin(1)
     return {"attract_lhs": -F.cosine_similarity(anchor, mean_view), "attract_rhs": -(anchor * mean_view).sum(1),
             "repel_lhs": (anchor @ F.normalize(prototypes, dim=1).T).masked_fill(own, -math.inf).amax(1),
-            "repel_rhs": B / nu, "repel_b": B, "nu": nu}
+            "repel_rhs": B / nu, "repel_b": B, "nu": nu}  # nu: min over y′ ≠ y, as in the theorem
 
 def measured_sides(encoder, train, cfg):
     data, labels = theory_images(train, cfg)
@@ -1014,7 +1017,7 @@ def bounds(encoder, train, test, cfg):
     """How tight Theorems 4.4 (K views) and 4.6 (one T′, the training images as bank) are: mean gaps
     RHS − LHS (A.4.5, Fig. 6), and the share in % of images where the bound does not hold."""
     side = measured_sides(encoder, train, cfg)
-    result = {name: value.mean().item() for name, value in side.items()}
+    result = {f"{name}_mean" if name == "nu" else name: value.mean().item() for name, value in side.items()}
     for which in ("attract", "repel"):
         gap = side[f"{which}_rhs"] - side[f"{which}_lhs"]
         result.update({f"{which}_gap": gap.mean().item(),
@@ -1023,8 +1026,9 @@ def bounds(encoder, train, test, cfg):
 
 def assumptions(encoder, train, test, cfg):
     """What the theorems assume. Assumption 4.3: f(t(x)) and the mean view lie in one hemisphere. Theorem 4.6
-    needs B ≥ 0, which the paper does not say (`theorem_sides`). Its λ of Eq. 12 is divided by ν, and Eq. 17
-    calls λ/ν λ: lam_times_nu is what --lam amounts to in Eq. 2, lam_over_nu what it would become in Eq. 12."""
+    needs B ≥ 0 (enough, not necessary), which the paper does not say: see `theorem_sides`. Eq. 12 weighs
+    repelling by λ/ν, which Eq. 17 calls λ. If --lam is that weight, Eq. 2's λ is lam·ν; if --lam is Eq. 2's
+    λ, the weight is lam/ν. ν here: the smallest over all classes."""
     side = measured_sides(encoder, train, cfg)
     angle, nu = (-side["attract_lhs"]).clamp(-1, 1).acos().rad2deg(), side["nu"].min().item()
     return {"angle_degrees": angle.mean().item(), "angle_95_percent": angle.quantile(0.95).item(),
@@ -1032,10 +1036,13 @@ def assumptions(encoder, train, test, cfg):
             "nu": nu, "lam_over_nu": cfg.lam / nu, "lam_times_nu": cfg.lam * nu,
             "condition_4_6_fails": 100 * (side["repel_b"] < 0).double().mean().item()}
 
-def batches_of_pairs(z, labels, m, cfg):
-    """z [N, 2, d] -> (z1, z2, labels) of m images, shuffled; what is left over goes unused."""
+def batches_of_views(z, labels, m, cfg):
+    """z [N, 2, d] in shuffled batches of m images, the rest unused: similarities s [2m, 2m] of all views, and
+    which of these pairs show the same image, the same class."""
+    image = torch.arange(m, device=z.device).repeat(2)
     for rows in torch.randperm(len(z), generator=rng(cfg.seed, "theory batches")).split(m)[:len(z) // m]:
-        yield z[rows, 0], z[rows, 1], labels[rows]
+        views, y = z[rows].transpose(0, 1).flatten(0, 1), labels[rows].repeat(2)
+        yield views @ views.T, image[:, None] == image, y[:, None] == y
 
 def repulsion(encoder, train, test, cfg):
     """False negatives: in batches as in training, the share of an anchor's repelling softmax that lies on
@@ -1043,15 +1050,11 @@ def repulsion(encoder, train, test, cfg):
     their gradient, beside the positive's 1. NT-Xent has the positive in the softmax as well, with share
     `positive`, and leaves (1 − positive) to the negatives."""
     data, labels = theory_images(train, cfg)
-    z, shares = embed(encoder, data, cfg, "repulsion", n=2, groups=2)[0], {}  # [N, 2, d]
-    m = min(cfg.batch_size, len(z))
-    itself, image = torch.eye(2 * m, dtype=torch.bool, device=z.device), torch.arange(m, device=z.device).repeat(2)
-    same_image = image[:, None] == image  # the anchor and its positive
-    for z1, z2, y in batches_of_pairs(z, labels, m, cfg):
-        z_all, y = torch.cat([z1, z2]), y.repeat(2)
-        s, same_class = z_all @ z_all.T, y[:, None] == y
+    z, m, shares = embed(encoder, data, cfg, "two views", n=2, groups=2)[0], min(cfg.batch_size, len(labels)), {}
+    for s, same_image, same_class in batches_of_views(z, labels, m, cfg):
         shares.setdefault("by_chance", []).append((same_class & ~same_image).double().mean() * 2 * m / (2 * m - 2))
-        for alpha in sorted({1.0, 2.0, 4.0, 8.0, cfg.alpha}):
+        itself = torch.eye(2 * m, dtype=torch.bool, device=s.device)
+        for alpha in alphas(cfg):
             same = ((alpha * s).masked_fill(same_image, -math.inf).softmax(1) * same_class).sum(1)
             positive = ((alpha * s).masked_fill(itself, -math.inf).softmax(1) * same_image).sum(1)
             shares.setdefault(alpha, []).append(torch.stack([same, positive, (1 - positive) * same]).double().mean(1))
@@ -1062,6 +1065,9 @@ def repulsion(encoder, train, test, cfg):
             "same_class": same, "same_class_times_lam": cfg.lam * same, "ntxent_same_class": ntxent_same,
             "ntxent_positive": positive, "ntxent_positive_times_lam": cfg.lam * positive}
     return result
+
+def alphas(cfg):
+    return sorted({1.0, 2.0, 4.0, 8.0, cfg.alpha})
 
 def class_distance_variance(features, labels):
     """(CDNV, directional CDNV) of arXiv 2506.04411, means over ordered pairs of classes: the variance of a
@@ -1078,30 +1084,30 @@ def class_distance_variance(features, labels):
         ((torch.stack(along) / apart ** 2).sum() / pairs).item()
 
 def nscl(encoder, train, test, cfg, draws=5):
-    """Self-supervised against supervised (arXiv 2506.04411): the gap L − L_NSCL and its bound
-    (λ/α) log(1 + (n_y − 1) e^{2α} / (m − n_y)), mean over anchors of classes with n_y of the m images,
-    for the first classes of a shuffled list; CDNV, directional CDNV; top-1 in % by n labels a class, of the
-    nearest class centre and a linear classifier, both on backbone features of unit length."""
+    """Self-supervised against supervised (arXiv 2506.04411): the gap L − L_NSCL, which is −(λ/α) log(1 − share)
+    with `repulsion`'s share, and its bound (λ/α) log(1 + (n_y − 1) e^{2α} / (m − n_y)), n_y of the m images
+    being of the anchor's class; means over anchors, for the first classes of a shuffled list. CDNV, directional
+    CDNV. Top-1 in % by n labels a class, of the nearest class centre and a linear classifier, both on backbone
+    features of unit length, mean and standard deviation over `draws` of the labels."""
     data, labels = theory_images(train, cfg)
-    z, classes, result = embed(encoder, data, cfg, "nscl", n=2, groups=2)[0], int(labels.max()) + 1, {}
-    number = torch.randperm(classes, generator=rng(cfg.seed, "classes")).to(z.device)[labels]
+    z, classes, result = embed(encoder, data, cfg, "two views", n=2, groups=2)[0], int(labels.max()) + 1, {}
+    number = torch.randperm(classes, generator=rng(cfg.seed, "classes")).to(labels.device)[labels]
     for C in sorted({c for c in (2, 5, 10, 20, 50, 100) if c < classes} | {classes}):
-        some = number < C
-        m = min(cfg.batch_size, int(some.sum())) // world_size() * world_size()
-        mine, batches = share(m), list(batches_of_pairs(z[some], number[some], m, cfg))
-        for alpha in sorted({1.0, 2.0, 4.0, 8.0, cfg.alpha}):
-            rows = []
-            for z1, z2, y in batches:
-                n_y = y.bincount(minlength=C)[y].double()
-                if n_y.max() == m:
-                    raise UserError(f"--eval nscl: --batch-size {m} is too small for images of other classes")
-                pair = z1[mine], z2[mine]
-                rows.append(torch.stack([
-                    balanced_contrastive_loss(*pair, alpha, cfg.lam), nscl_loss(*pair, y[mine], alpha, cfg.lam),
-                    cfg.lam / alpha * torch.log1p((n_y - 1) * math.exp(2 * alpha) / (m - n_y)).mean()]))
-            loss, supervised, bound = torch.stack(gather(torch.stack(rows).mean(0))).mean(0).tolist()
-            result[f"classes_{C}_alpha_{alpha:g}"] = {
-                "loss": loss, "nscl": supervised, "gap": loss - supervised, "bound": bound}
+        some, figures = number < C, {}
+        m = min(cfg.batch_size, int(some.sum()))
+        for s, same_image, same_class in batches_of_views(z[some], number[some], m, cfg):
+            n_y = same_class.sum(1).double() / 2
+            if n_y.max() == m:
+                continue  # images of one class: NSCL has no negatives
+            positive = s[same_image & ~torch.eye(2 * m, dtype=torch.bool, device=s.device)]
+            for alpha in alphas(cfg):
+                loss, supervised = (cfg.lam / alpha * (alpha * s).masked_fill(kept_out, -math.inf).logsumexp(1)
+                                    - positive for kept_out in (same_image, same_class))
+                bound = cfg.lam / alpha * F.softplus(2 * alpha + torch.log((n_y - 1) / (m - n_y)))
+                figures.setdefault(alpha, []).append(torch.stack([loss, supervised, loss - supervised, bound]).mean(1))
+        for alpha, values in figures.items():
+            result[f"classes_{C}_alpha_{alpha:g}"] = dict(zip(
+                ("loss", "nscl", "gap", "bound"), torch.stack(values).mean(0).tolist()))
     features, known = (gather_rows(x, len(train.labels)) for x in extract(encoder.backbone, train))
     queries, answers = (gather_rows(x, len(test.labels)) for x in extract(encoder.backbone, test))
     result["cdnv"], result["directional_cdnv"] = class_distance_variance(features, known.unique(return_inverse=True)[1])
@@ -1221,7 +1227,7 @@ def report(dirs, out):
     for varied in ("strategy", "similarity", "subset"):  # Fig. 3, Table 1, Tables 2 and 5
         for cells in comparable(runs, varied):
             title, accuracies = f"by {varied}: {about(sum(cells.values(), []))}", [("linear",), ("knn",)]
-            names = [name for name, in sorted(cells, key=lambda key: -np.nan_to_num(over_seeds(cells[key], "linear")[0]))]
+            names = [name for name, in sorted(cells, key=lambda key: over_seeds(cells[key], "linear")[0], reverse=True)]
             biases = [("bias", space, eq) for eq in ("eq51", "eq16", "eq51_relative", "eq16_relative")
                       for space in SPACES] if varied == "strategy" else []
             sizes = [(key,) for key in ("images", "largest_class", "smallest_class")] if varied == "subset" else []
@@ -1230,8 +1236,7 @@ def report(dirs, out):
                     [name, *(over_seeds(cells[name,], *keys)[1] for keys in columns)] for name in names])
             if not biases:
                 continue
-            mean = {keys: [over_seeds(cells[name,], *keys)[0] for name in names]
-                    for keys in accuracies + biases}
+            mean = {keys: [over_seeds(cells[name,], *keys)[0] for name in names] for keys in accuracies + biases}
             markdown(f"bias against accuracy, {len(names)} strategies as points, {title}", [["", "linear", "knn"]] + [
                 [" ".join(keys), *(correlation(mean[keys], mean[of]) for of in accuracies)] for keys in biases])
             figures.append(("bias", title, (names, mean["linear",], [mean[keys] for keys in biases[:3]])))
@@ -1241,10 +1246,9 @@ def report(dirs, out):
         markdown(title, [["epoch", "gap of Eq. 8, attracting", "gap of Eq. 10, repelling"]] + [
             [at["epoch"], f"{at['attract_gap']:.4f}", f"{at['repel_gap']:.4f}"] for at in kept])
         figures.append(("bounds", title, kept))
-    if figures:
-        draw(figures, out)
-    else:
-        print("no figures to draw, and no grid, strategies or bounds among these runs")
+    if not figures:
+        print("nothing to draw: no two of these runs differ only in (α, λ) or in the augmentation")
+    draw(figures, out)
 
 def draw(figures, out):
     """SVG files, the same bytes every time; white behind, for light and dark pages."""
@@ -1270,7 +1274,8 @@ def draw(figures, out):
                 axes.set(xlabel=f"bias (Eq. 51), {space}", ylabel="linear accuracy (%)")
                 axes.scatter(bias, accuracy)
                 for label, *point in zip(names, bias, accuracy):
-                    axes.annotate(label, point, (3, 3), textcoords="offset points", fontsize=7)
+                    axes.annotate(label, point, (0, 5), textcoords="offset points", fontsize=7,
+                                  ha="left" if point[0] < np.nanmean(bias) else "right")
         else:  # the layout of Figs. 4 and 5
             axes, (alphas, lams, means) = figure.subplots(), data
             figure.colorbar(axes.imshow(np.ma.masked_invalid(means), cmap="Blues"), label="accuracy (%)")
@@ -1371,8 +1376,9 @@ def parse_flags(argv=None):
     if "checkpoint" in given:
         saved = read_checkpoint(given["checkpoint"])["config"]
         for key in set(given) & set(saved) - {"checkpoint", "data", "limit", "k", "baseline", "views", "theory_limit"}:
-            if given[key] != saved[key] and not key.startswith("probe"):
-                raise UserError(f"{given['checkpoint']} was made with --{key} {saved[key]}, not {given[key]}")
+            if str(given[key]) != str(saved[key]) and not key.startswith("probe"):
+                raise UserError(f"{given['checkpoint']} was made with --{key.replace('_', '-')} {saved[key]}, "
+                                f"not {given[key]}")
     dataset = given.get("dataset", saved.get("dataset", "patterns"))
     cfg = SimpleNamespace(**{
         "data": Path("data", dataset), "workers": min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),

@@ -3,16 +3,20 @@
 
     pytest                  # a few minutes on two cores, no network, no data
 """
+import functools
 import inspect
 import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -471,7 +475,8 @@ def test_crops_on_disk_are_the_crops_in_memory(photos):
 def test_limit_is_balanced_and_fixed():
     labels = torch.tensor([0] * 50 + [1] * 50 + [2] * 4)
     rows = balcon.balanced_subset(labels, 30, "key")
-    assert labels[rows].bincount().tolist() == [13, 13, 4] and torch.equal(rows, balcon.balanced_subset(labels, 30, "key"))
+    assert labels[rows].bincount().tolist() == [13, 13, 4]
+    assert torch.equal(rows, balcon.balanced_subset(labels, 30, "key"))
     with pytest.raises(balcon.UserError, match="--limit 200"):
         balcon.balanced_subset(labels, 200, "key")
 
@@ -892,3 +897,675 @@ def test_views_and_losses_on_cuda_are_those_of_the_cpu():
         with torch.autocast("cuda", torch.bfloat16):
             assert loss(z1.cuda().float(), z2.cuda().float(), 4, 2).item() == pytest.approx(
                 loss(z1, z2, 4, 2).item(), abs=1e-5)
+
+
+# ------------------------------------------ theory ---------------------------------------------
+class Reader(torch.nn.Module):
+    """A backbone whose feature is the vector that an image's 12 pixel values spell; it keeps what it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        mean, std = (torch.tensor(v)[:, None, None] for v in (balcon.MEAN, balcon.STD))
+        self.seen.append(((x * std + mean) * 255).round() - 128)
+        return self.seen[-1].flatten(1)
+
+
+def stub(projector=None):
+    projector = projector or torch.nn.Identity()
+    return SimpleNamespace(backbone=Reader(), projector=projector, eval=lambda: projector.eval())
+
+
+def pictures(vectors, labels):
+    """vectors [N, 12] of −128 … 127 as images of 2×2 pixels."""
+    vectors = torch.as_tensor(vectors).round().clamp(-127, 127)
+    labels = torch.as_tensor(labels)
+    return balcon.InMemory((vectors + 128).byte().view(-1, 3, 2, 2), labels, [str(c) for c in labels.unique()], CPU)
+
+
+def settings(**more):
+    return SimpleNamespace(**{**dict(
+        parts=("flip",), size=2, crop_scale=(1, 1), seed=0, views=4, theory_limit=None, alpha=2.0, lam=3.0,
+        eval=["bias"], batch_size=1000, probe_epochs=30, probe_batch=16, probe_lr=10.0, probe_optimizer="sgd"), **more})
+
+
+def clustered(sizes, spread, seed):
+    """Vectors around a random centre of each class, and labels with gaps: 3, 5, 7, …"""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    labels = labels[torch.randperm(len(labels), generator=g)]
+    centres = 50 * torch.randn(len(sizes), 12, generator=g)
+    return centres[labels] + spread * torch.randn(len(labels), 12, generator=g), 2 * labels + 3
+
+
+def length(v):
+    return math.sqrt(sum(float(x) ** 2 for x in v))
+
+
+def eq16_by_loops(halves, labels, kept=(0, 1)):
+    """Mean distance of each image's mean over the halves `kept` from the same of its class."""
+    own = halves[:, list(kept)].mean(1)
+    prototype = {c: np.mean([x for x, y in zip(own, labels) if y == c], 0) for c in set(labels)}
+    return np.array([length(prototype[y] - x) for x, y in zip(own, labels)])
+
+
+def extrapolated(halves, labels):
+    """The square of the mean distance at K and at K/2 views, drawn on to 1/K = 0; its error by leaving images out."""
+    whole = eq16_by_loops(halves, labels)
+    half = (eq16_by_loops(halves, labels, [0]) + eq16_by_loops(halves, labels, [1])) / 2
+
+    def line(w, h):  # through (1/K, w²) and (2/K, h²)
+        return math.sqrt(w ** 2 - (h ** 2 - w ** 2))
+
+    N = len(labels)
+    without = [line((whole.sum() - w) / (N - 1), (half.sum() - h) / (N - 1)) for w, h in zip(whole, half)]
+    return line(whole.mean(), half.mean()), math.sqrt((N - 1) * np.var(without))
+
+
+def test_eq16_is_unbiased_where_the_plain_estimate_is_not():
+    """f = class mean + offset of the image, of length .8 to 1.2, + noise of the view: Eq. 16 is the mean distance of
+    the offsets from their class mean. Ten views leave 3, 7 and 40 % in the plain distance."""
+    rng, K, d, labels = np.random.default_rng(0), 10, 16, [0, 1, 2] * 40
+    for sigma in (.2, .3, .8):
+        error, plain, estimates, reported = [], [], [], []
+        for _ in range(150):
+            offset = rng.normal(size=(120, d))
+            offset *= rng.uniform(.8, 1.2, (120, 1)) / np.linalg.norm(offset, axis=1, keepdims=True)
+            noise = sigma / math.sqrt(K / 2) * rng.normal(size=(120, 2, d))
+            halves = 5 * np.eye(3, d)[labels][:, None] + offset[:, None] + noise
+            truth = eq16_by_loops(np.stack([offset, offset], 1), labels).mean()
+            estimate, se = balcon.eq16(torch.tensor(halves), torch.tensor(labels))
+            error.append(estimate - truth)
+            plain.append(eq16_by_loops(halves, labels).mean() - truth)
+            estimates.append(estimate)
+            reported.append(se)
+        assert abs(np.mean(error)) < 4 * np.std(error) / math.sqrt(150) + .003 < np.mean(plain) / 3
+        assert np.mean(reported) == pytest.approx(np.std(estimates), rel=.25)
+
+
+def shown(vectors):
+    """{what the backbone saw: (image, flipped)}."""
+    images = torch.as_tensor(vectors).round().clamp(-127, 127).view(-1, 3, 2, 2)
+    return {tuple(x.flatten().tolist()): (i, flipped) for i, image in enumerate(images)
+            for flipped, x in ((False, image), (True, image.flip(-1)))}
+
+
+@pytest.mark.parametrize("sizes, theory_limit", [((30, 40, 50), None), ((2, 2, 2, 2), None), ((6, 6, 6, 7), 24)])
+def test_bias_is_its_equations(sizes, theory_limit):
+    vectors, labels = clustered(sizes, 25, seed=1)
+    torch.manual_seed(0)
+    encoder, cfg = stub(torch.nn.Linear(12, 5)), settings(theory_limit=theory_limit)
+    found = balcon.prototype_bias(encoder, pictures(vectors, labels), None, cfg)
+    which = shown(vectors)
+    x, other, views = ([which[tuple(v.flatten().tolist())] for v in seen] for seen in encoder.backbone.seen)
+    N = len(x)
+    images = [i for i, _ in x]
+    assert N == (theory_limit or sum(sizes)) == len(set(images)) and {flip for _, flip in x} == {False, True}
+    for (i, t), (j, t_other) in zip(x, other):  # x′ ∼ X|y is another image, under the same t
+        assert i != j and labels[i] == labels[j] and t == t_other
+    assert [i for i, _ in views] == 4 * images and {sum(t for _, t in views[n::N]) for n in range(N)} >= {1, 3}
+    weight, bias = (p.detach().double().numpy() for p in encoder.projector.parameters())
+    spaces = {"features": lambda v: v, "raw_projection": lambda v: weight @ v + bias,
+              "projection": lambda v: (weight @ v + bias) / length(weight @ v + bias)}
+    for space, f in spaces.items():
+        a, b, c = ([f(v.double().flatten().numpy()) for v in seen] for seen in encoder.backbone.seen)
+        distance = [length(p - q) for p, q in zip(a, b)]
+        halves = np.array(c).reshape(2, 2, N, -1).mean(1).transpose(1, 0, 2)  # view by view
+        y = labels[images].tolist()
+        expected = {"eq51": np.mean(distance), "eq51_se": np.std(distance, ddof=1) / math.sqrt(N)}
+        expected["eq16"], expected["eq16_se"] = extrapolated(halves, y)
+        got = found[space]
+        assert got["eq16_se"] == pytest.approx(expected.pop("eq16_se"), rel=.08)  # two first-order errors
+        assert {key: got[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert [got[f"{eq}_relative"] * got["random_pairs"] for eq in ("eq51", "eq16")] == pytest.approx(
+            [got["eq51"], got["eq16"]])
+        if N > 100:  # a random pairing of all images: neither within classes nor only across them
+            pairs = [length(a[i] - a[j]) for i in range(N) for j in range(i)]
+            assert got["random_pairs"] == pytest.approx(np.mean(pairs), rel=.06) and got["eq51"] < .8 * np.mean(pairs)
+
+
+def test_bias_of_a_known_view_offset():
+    """Pairs of images s ± a, where a flip only turns a round: the same t leaves Eq. 51 without a, and E_T too."""
+    g = torch.Generator().manual_seed(0)
+    column = 40 * torch.randn(40, 6, 1, generator=g)
+    vectors = (column + torch.tensor([8, -8])).round().flatten(1)
+    truth = [length(2 ** .5 * (column[i] - column[i + 1]).round().flatten()) for i in range(0, 40, 2)]
+    data = pictures(vectors, torch.arange(40) // 2)
+    found = balcon.prototype_bias(stub(), data, None, settings(views=40))["features"]
+    assert found["eq51"] == pytest.approx(np.mean(truth), rel=.01)
+    assert found["eq16"] == pytest.approx(np.mean(truth) / 2, rel=.02)
+
+
+def test_eq51_is_at_least_eq16():
+    """Where images of a class differ as much as views of an image do; where they hardly differ, noise can win."""
+    for seed in range(60):
+        vectors, labels = clustered([4 + seed % 3, 6, 8], [30, 50, 80][seed % 3], seed)
+        torch.manual_seed(seed)
+        cfg = settings(views=[2, 4, 10][seed // 3 % 3], seed=seed, parts=("flip", "gaussian_noise")[:1 + seed % 2])
+        for found in balcon.prototype_bias(stub(torch.nn.Linear(12, 4)), pictures(vectors, labels), None, cfg).values():
+            assert found["eq51"] >= found["eq16"]
+
+
+def sides_by_loops(anchor, views, bank, labels, alpha):
+    """Eq. 8 and Eq. 10 (Eq. 46 where classes are unequal) read aloud; views: [K, N, d]."""
+    def s(a, b):
+        product = float((a * b).sum())
+        return product / (length(a) * length(b)) if product else 0.0
+
+    classes, rows = sorted(set(labels)), []
+    members = {c: [bank[j] for j in range(len(bank)) if labels[j] == c] for c in classes}
+    for i, z in enumerate(anchor):
+        others = [sum(members[c]) / len(members[c]) for c in classes if c != labels[i]]
+        nu = min(length(mu) for mu in others)
+        if len({len(m) for m in members.values()}) == 1:
+            log = math.log(np.mean([math.exp(alpha * s(z, b)) for b in bank])) + math.log(len(classes))
+        else:
+            log = math.log(sum(np.mean([math.exp(alpha * s(z, b)) for b in members[c]]) for c in classes))
+        rows.append({"attract_lhs": -s(z, sum(v[i] for v in views) / len(views)),
+                     "attract_rhs": -np.mean([s(z, v[i]) for v in views]),
+                     "repel_lhs": max(s(z, mu) for mu in others), "repel_rhs": log / (nu * alpha),
+                     "repel_b": log / alpha, "nu": nu})
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def random_sides(seed):
+    """A random trial for Theorems 4.4 and 4.6: several classes, dimensions, α and degrees of clustering."""
+    g = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return int(torch.randint(low, high + 1, [], generator=g))
+
+    def around(centre, how):  # unit vectors
+        return F.normalize(centre + how * torch.randn(N, d, generator=g, dtype=torch.float64), dim=1)
+
+    C, d, K, each = number(2, 6), number(2, 8), number(1, 4), number(2, 4)
+    labels = torch.arange(C * each) % C
+    if seed % 3 == 0:  # unequal classes
+        labels = torch.cat([labels, torch.randint(C, [2 * C], generator=g)])
+    N, alpha = len(labels), math.exp(float(torch.rand([], generator=g)) * math.log(2000)) / 10
+    centres = torch.randn(C, d, generator=g, dtype=torch.float64) + 2 * (seed % 2)  # all in one corner, or anywhere
+    spread = torch.tensor([.05, .3, 1, 10])[torch.randint(4, [C], generator=g)][labels][:, None]  # of each class
+    bank = around(centres[labels], spread)
+    anchor = around((-1) ** number(0, 1) * centres[labels], [.1, 3][seed % 5 > 2])
+    views = torch.stack([around(anchor * (-1) ** number(0, 1), spread) for _ in range(K)])
+    return anchor, views, bank, labels, alpha
+
+
+def test_theorem_sides_are_their_equations():
+    for seed in range(30):
+        anchor, views, bank, labels, alpha = random_sides(seed)
+        got = balcon.theorem_sides(anchor, views.mean(0), bank, labels, alpha)
+        expected = sides_by_loops(anchor, views, bank, labels.tolist(), alpha)
+        assert got.keys() == expected.keys()
+        for name in got:
+            assert got[name].tolist() == pytest.approx(expected[name], rel=1e-6, abs=1e-6), name
+
+
+def test_theorems_hold_under_their_conditions_and_only_there():
+    kept = {"4.4": 0, "4.4 without": 0, "4.6": 0, "4.6 without": 0}
+    for seed in range(600):
+        anchor, views, bank, labels, alpha = random_sides(seed)
+        side = balcon.theorem_sides(anchor, views.mean(0), bank, labels, alpha)
+        attract, repel = (side[f"{which}_rhs"] - side[f"{which}_lhs"] for which in ("attract", "repel"))
+        assumed, condition = (anchor * views.mean(0)).sum(1) >= 0, side["repel_b"] >= 0
+        assert (attract[assumed] > -1e-9).all() and (repel[condition] > -1e-9).all()
+        assert (torch.maximum(side["repel_b"], side["repel_rhs"]) - side["repel_lhs"] > -1e-9).all()
+        kept["4.4"] += int(assumed.sum())
+        kept["4.6"] += int(condition.sum())
+        kept["4.4 without"] += int((attract < -1e-6).sum())
+        kept["4.6 without"] += int((repel < -1e-6).sum())
+    assert kept["4.4"] > 4000 and kept["4.6"] > 4000 and kept["4.4 without"] > 500 and kept["4.6 without"] > 30, kept
+
+
+def test_attracting_bound_is_equality_for_invariant_views():
+    z, _ = unit(20, 6)
+    labels = torch.arange(20) % 4
+    equal = balcon.theorem_sides(z, z, z, labels, 2.0)
+    assert torch.allclose(equal["attract_lhs"], equal["attract_rhs"], atol=1e-12)
+    apart = balcon.theorem_sides(z, 0.9 * z, z, labels, 2.0)  # views around z, whose mean is shorter
+    assert torch.allclose(apart["attract_rhs"] - apart["attract_lhs"], torch.tensor(.1, dtype=torch.float64))
+
+
+def test_counterexample_to_theorem_4_6():
+    """Class 1 constant at s = −.05, class 2 opposite vectors and a common −.005 z, so ν ≈ .005, own class at −.9."""
+    def beside(s, *rest):
+        rest = torch.tensor(rest, dtype=torch.float64)
+        return torch.cat([torch.tensor([s]).double(), rest * math.sqrt(1 - s * s)])
+
+    bank = torch.stack([beside(-.9, 1, 0, 0), beside(-.9, 1, 0, 0), beside(-.05, 0, 1, 0), beside(-.05, 0, 1, 0),
+                        beside(-.005, 0, 0, 1), beside(-.005, 0, 0, -1)])
+    z = torch.tensor([[1.0, 0, 0, 0]] * 6, dtype=torch.float64)
+    side = {name: float(v[0]) for name, v in balcon.theorem_sides(
+        z, z, bank, torch.tensor([0, 0, 1, 1, 2, 2]), 200.0).items()}
+    assert side["nu"] == pytest.approx(.005) and side["repel_lhs"] == pytest.approx(-.05)
+    assert side["repel_rhs"] == pytest.approx(-1, abs=.001)  # so the theorem's inequality fails …
+    assert side["repel_lhs"] < max(side["repel_b"], side["repel_rhs"]) < 0  # … and this one does not
+
+
+def test_bounds_and_assumptions_summarise_the_sides():
+    """A flip turns one picture nearly round, so that it can be more than 90° from its mean view, and have B < 0 where
+    the bank holds it the other way round: all else lies in the opposite hemisphere."""
+    g = torch.Generator().manual_seed(4)
+    vectors = 60 + 25 * torch.randn(12, 12, generator=g)
+    vectors[0] = -30 + (70 * torch.randn(6, 1, generator=g) * torch.tensor([1, -1])).flatten()
+    data = pictures(vectors, torch.arange(12) % 3)
+    failures = set()
+    for alpha, K, seed in ((1.0, 2, 0), *((30.0, 4, seed) for seed in range(12))):
+        cfg, encoder = settings(alpha=alpha, views=K, seed=seed), stub()
+        found = {**balcon.bounds(encoder, data, None, cfg), **balcon.assumptions(encoder, data, None, cfg)}
+        anchor, views, bank, *again = (x.flatten(1).double() / x.flatten(1).double().norm(dim=1, keepdim=True)
+                                       for x in encoder.backbone.seen)
+        assert all(torch.equal(a, b) for a, b in zip(again, (anchor, views, bank)))  # both words measure the same
+        if seed == 0:  # drawn apart
+            assert not torch.equal(anchor, bank) and not torch.equal(anchor, views[:12])
+        side = sides_by_loops(anchor, views.view(K, 12, -1), bank, data.labels.tolist(), alpha)
+        angle = [math.degrees(math.acos(min(1, max(-1, -s)))) for s in side["attract_lhs"]]
+        gap = {w: np.subtract(side[f"{w}_rhs"], side[f"{w}_lhs"]) for w in ("attract", "repel")}
+        expected = {**{name.replace("nu", "nu_mean"): np.mean(values) for name, values in side.items()},
+                    "nu": min(side["nu"]),
+                    "attract_gap": gap["attract"].mean(), "attract_violated": 100 * (gap["attract"] < -1e-6).mean(),
+                    "repel_gap": gap["repel"].mean(), "repel_violated": 100 * (gap["repel"] < -1e-6).mean(),
+                    "angle_degrees": np.mean(angle), "angle_95_percent": np.quantile(angle, .95),
+                    "assumption_4_3_violated": 100 * np.mean([a > 90 + 1e-9 for a in angle]),
+                    "lam_over_nu": 3 / min(side["nu"]), "lam_times_nu": 3 * min(side["nu"]),
+                    "condition_4_6_fails": 100 * np.mean([b < 0 for b in side["repel_b"]])}
+        assert found.keys() == expected.keys()
+        for name in expected:  # acos is blunt near 0°
+            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=.05 if "angle" in name else 1e-5), name
+        failures |= {name for name in ("assumption_4_3_violated", "condition_4_6_fails") if found[name]}
+    assert len(failures) == 2
+    still = balcon.bounds(stub(), data, None, settings(parts=()))
+    assert abs(still["attract_gap"]) < 1e-6 and still["attract_violated"] == 0  # equality under view invariance
+
+
+def test_assumptions_of_known_angles(monkeypatch):
+    angle = torch.tensor([0.0, 60, 89, 91, 120, 180])
+    side = {"attract_lhs": -angle.deg2rad().cos(), "nu": angle / 90 + .5,
+            "repel_b": torch.tensor([1, .001, -.001, 0, 2, 1])}
+    monkeypatch.setattr(balcon, "measured_sides", lambda *arguments: side)
+    assert balcon.assumptions(None, None, None, settings(lam=3.0)) == pytest.approx({
+        "angle_degrees": 90, "angle_95_percent": 165, "assumption_4_3_violated": 50, "nu": .5, "lam_over_nu": 6,
+        "lam_times_nu": 1.5, "condition_4_6_fails": 100 / 6}, abs=.02)
+
+
+def test_repulsion_is_the_softmax_and_the_gradient():
+    vectors, labels = clustered((4, 2), 30, seed=2)
+    encoder = stub()
+    cfg = settings(parts=("flip", "gaussian_noise"), alpha=3.0, seed=28)
+    found = balcon.repulsion(encoder, pictures(vectors, labels), None, cfg)
+    z, y, lam = encoder.backbone.seen[0].flatten(1).double(), labels.repeat(2).tolist(), 3.0
+    z = z / z.norm(dim=1, keepdim=True)
+    assert found["batch"] == 6 and torch.linalg.matrix_rank(z, tol=1e-3) == 12  # so that similarities are free
+    same, twin = ([[bool(a == b) if by_class else i % 6 == j % 6 and i != j for j, b in enumerate(y)]
+                   for i, a in enumerate(y)] for by_class in (True, False))
+    same = torch.tensor(same) & (torch.arange(12)[:, None] % 6 != torch.arange(12) % 6)
+    assert found["by_chance"] == pytest.approx(same.double().sum(1).mean().item() / 10)
+    for alpha in (1.0, 2.0, 3.0, 8.0):
+        shares = {"same_class": 0.0, "ntxent_positive": 0.0, "ntxent_same_class": 0.0}
+        for i in range(12):
+            e = [math.exp(alpha * float(z[i] @ z[j])) for j in range(12)]
+            others = sum(e[j] for j in range(12) if j % 6 != i % 6)
+            own, positive = sum(e[j] for j in range(12) if same[i, j]), e[(i + 6) % 12]
+            shares["same_class"] += own / others / 12
+            shares["ntxent_positive"] += positive / (others + positive) / 12
+            shares["ntxent_same_class"] += own / (others + positive) / 12
+        got = found[f"alpha_{alpha:g}"]
+        assert {key: got[key] for key in shares} == pytest.approx(shares, rel=1e-4)
+        assert got["same_class_times_lam"] == pytest.approx(lam * shares["same_class"], rel=1e-4)
+        assert got["ntxent_positive_times_lam"] == pytest.approx(lam * shares["ntxent_positive"], rel=1e-4)
+        # (g): d loss / d z = (G + Gᵀ) z with G = d loss / d s, summed over pairs of a kind
+        for loss, own, positive in ((balcon.balanced_contrastive_loss, "same_class", 0.0),
+                                    (balcon.generalized_nt_xent_loss, "ntxent_same_class", shares["ntxent_positive"])):
+            z1, z2 = z[:6].clone().requires_grad_(), z[6:].clone().requires_grad_()
+            gradient = torch.cat(torch.autograd.grad(loss(z1, z2, alpha, lam, "dot"), (z1, z2)))
+            pull = gradient @ torch.linalg.inv(z) / 2
+            assert pull[same].sum().item() == pytest.approx(lam * got[own], rel=1e-4)
+            assert pull[torch.tensor(twin)].sum().item() == pytest.approx(-1 + lam * positive, rel=1e-4)
+    constant = balcon.repulsion(stub(), pictures(torch.full([17, 12], 9), torch.arange(17) % 3), None,
+                                settings(batch_size=8))  # a uniform softmax, in two batches of 8
+    assert constant["batch"] == 8 and constant["alpha_8"]["ntxent_positive"] == pytest.approx(1 / 15)
+    assert constant["alpha_8"]["same_class"] == pytest.approx(constant["by_chance"])
+
+
+def cdnv_by_loops(features, labels):
+    whole, along, classes = [], [], sorted(set(labels))
+    centre = {c: np.mean([x for x, y in zip(features, labels) if y == c], 0) for c in classes}
+    for a in classes:
+        for b in classes:
+            line = centre[a] - centre[b]
+            rest = [x - centre[a] for x, y in zip(features, labels) if y == a]
+            if a != b:
+                whole.append(np.mean([length(r) ** 2 for r in rest]) / length(line) ** 2)
+                along.append(np.mean([(r @ line / length(line)) ** 2 for r in rest]) / length(line) ** 2)
+    return np.mean(whole), np.mean(along)
+
+
+def test_nscl_gap_of_an_encoder():
+    vectors, labels = clustered((5, 4, 3), 40, seed=3)
+    train, test = pictures(vectors, labels), pictures(*clustered((3, 3, 3), 40, seed=3))
+    train.classes, encoder = list(range(8)), stub()
+    found = balcon.nscl(encoder, train, test, settings(alpha=3.0, probe_epochs=1))
+    z = encoder.backbone.seen[0].flatten(1).double()
+    z1, z2 = (z / z.norm(dim=1, keepdim=True)).chunk(2)
+    entries = [key for key in found if key.startswith("classes_")]
+    assert entries == [f"classes_{C}_alpha_{alpha}" for C in (2, 3) for alpha in (1, 2, 3, 4, 8)]
+    for key in entries:
+        C, alpha, candidates = int(key.split("_")[1]), float(key.split("_")[3]), []
+        for kept in combinations((3, 5, 7), C):  # which two classes are the first is the seed's affair
+            rows = [i for i, y in enumerate(labels.tolist()) if y in kept]
+            y, m = labels[rows].tolist(), len(rows)
+            bound = np.mean([math.log(1 + (y.count(c) - 1) * math.exp(2 * alpha) / (m - y.count(c))) for c in y])
+            loss, supervised = (loss_by_loops(z1[rows], z2[rows], alpha, 3.0, labels=of) for of in (None, y))
+            candidates.append({"loss": loss, "nscl": supervised, "gap": loss - supervised, "bound": 3 / alpha * bound})
+        assert any(found[key] == pytest.approx(c, rel=1e-4) for c in candidates)
+        assert 0 <= found[key]["gap"] <= found[key]["bound"]
+    whole, along = cdnv_by_loops(vectors.round().clamp(-127, 127).double().numpy(), labels.tolist())
+    assert [found["cdnv"], found["directional_cdnv"]] == pytest.approx([whole, along], rel=1e-5)
+    for seed in range(10):  # batches with other numbers of each class
+        found = balcon.nscl(stub(), train, test, settings(alpha=.5, lam=.5, batch_size=6, seed=seed, probe_epochs=1))
+        assert all(-1e-6 <= found[key]["gap"] <= found[key]["bound"] + 1e-6 for key in found if "classes" in key)
+
+
+def test_nscl_of_a_large_alpha():  # e^{2α} does not fit a float
+    vectors, labels = clustered((5, 4, 3), 40, seed=3)
+    data = pictures(vectors, (labels - 3) // 2)
+    found = balcon.nscl(stub(), data, data, settings(alpha=400.0, lam=2.0, probe_epochs=1))["classes_3_alpha_400"]
+    bound = sum(n * (800 + math.log((n - 1) / (12 - n))) for n in (5, 4, 3)) / 12 * 2 / 400
+    assert found["bound"] == pytest.approx(bound) and 0 <= found["gap"] <= bound
+
+
+def test_few_shots():
+    rng, labels = np.random.default_rng(0), np.arange(20) % 4
+    answers = torch.arange(400) % 4
+    for centre, noise in ((90, 3), (0, 40), (25, 25)):  # separable, pure noise, between
+        def draw(y):
+            return pictures(centre * np.eye(4, 12)[y] + noise * rng.normal(size=(len(y), 12)), y)
+        train, test = draw(labels), draw(answers.numpy())
+        found = balcon.nscl(stub(), train, test, settings())
+        assert [key for key in found if "shot" in key] == ["1_shot", "5_shot"]
+        accuracy = [found[key][by] for key in ("1_shot", "5_shot") for by in ("centre", "linear")]
+        if noise < 25:
+            assert accuracy == [100] * 4 and found["1_shot"]["linear_sd"] == 0
+        elif not centre:
+            assert all(19 < a < 31 for a in accuracy)
+        else:  # more labels help; five are all there are, so no draw differs from another
+            assert 30 < accuracy[0] + 5 < accuracy[2] < 100 and 30 < accuracy[1] + 5 < accuracy[3] < 100
+        x, queries = (part.pixels.flatten(1).double().numpy() - 128 for part in (train, test))
+        x, queries = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, queries))
+        means = [x[labels == c].mean(0) for c in range(4)]
+        nearest = [min(range(4), key=lambda c: length(q - means[c])) for q in queries]
+        assert found["5_shot"]["centre"] == pytest.approx(100 * np.mean(np.array(nearest) == answers.numpy()), abs=.26)
+        assert found["5_shot"]["centre_sd"] < .01
+
+
+# ------------------------------------------ subsets --------------------------------------------
+def test_long_tail_is_imagenet_lts():
+    sizes = np.array(balcon.long_tailed_counts(1000, 115_846))
+    assert (sizes.sum(), sizes.max(), sizes.min()) == (115_846, 1280, 5)
+    official = np.array([385, 479, 136])  # > 100 images, 20 to 100, < 20
+    assert (abs(np.histogram(sizes, [0, 20, 101, 9999])[0] - official[::-1]) <= 10).all()
+    for classes, total, largest in ((8, 370, 512), (10, 4521, 1280), (100, 500, 500), (7, 700, 100), (2, 11, 6)):
+        sizes = balcon.long_tailed_counts(classes, total, largest)
+        assert len(sizes) == classes and sum(sizes) == total and 5 <= min(sizes) and max(sizes) <= largest
+    for classes, total, largest in ((10, 49, 100), (10, 1001, 100)):
+        with pytest.raises(balcon.UserError, match="--limit"):
+            balcon.long_tailed_counts(classes, total, largest)
+
+
+def subset(labels, seed=0, kind="lt", limit=None, file=None, images=()):
+    cfg = SimpleNamespace(subset=kind, seed=seed, limit=limit, subset_file=file)
+    return balcon.training_subset(cfg, images, labels)
+
+
+def test_subsets_of_training_images():
+    labels = torch.arange(50_000) % 100
+    rows, total = subset(labels), round(50_000 * 115_846 / 1_281_167)
+    counts = labels[rows].bincount(minlength=100)
+    assert len(rows.unique()) == len(rows) == total and 5 <= counts.min() < 10 and counts.max() > 200
+    assert torch.equal(rows, subset(labels)) and torch.equal(rows, rows.sort().values)
+    other = subset(labels, seed=1)
+    assert not torch.equal(labels[other].bincount(minlength=100), counts)  # other classes are the large ones
+    even = subset(labels, kind="uni")
+    assert len(even.unique()) == len(even) == total and (labels[even].bincount() - total / 100).abs().max() < 1
+    assert not torch.equal(even, subset(labels, 1, "uni")) and torch.equal(even, subset(labels, 0, "uni"))
+    there = torch.tensor([6, 9, 40, 300, 5, 100, 7])  # unequal classes give no more than they have
+    labels = torch.arange(7).repeat_interleave(there)[torch.randperm(467, generator=balcon.rng("any"))]
+    for seed in range(20):
+        counts = labels[subset(labels, seed, limit=60)].bincount(minlength=7)
+        assert counts.sum() == 60 and (counts <= there).all() and counts.min() >= 5
+    for limit in (34, 2100, 400):  # below 5 a class; more than 7 · 300; sizes that these classes do not have
+        with pytest.raises(balcon.UserError, match="--limit"):
+            subset(labels, limit=limit)
+
+
+PATHS = ["d/train/n01/a.JPEG", "d/train/n01/b c.png", "d/train/n02/a.JPEG", "d/train/big dog/a 1.jpg",
+         "d/train/n03/x.png"]
+
+
+@pytest.mark.parametrize("text, images, expected", [
+    ("train/n02/a.JPEG 1\ntrain/n01/a.JPEG 0\n", PATHS, [0, 2]),  # ImageNet-LT's form
+    ("n01/b c.png\n\n  big dog/a 1.jpg  \n", PATHS, [1, 3]), ("x/big dog/a 1.jpg 7\nn01/b c.png 0", PATHS, [1, 3]),
+    ("3\n0\n", torch.zeros(4, 1), [0, 3]), ("2 9\n", torch.zeros(4, 1), [2]),
+    ("n01/z.JPEG 0", PATHS, "names 'n01/z.JPEG'"), ("n03/a.JPEG", PATHS, "n03/a.JPEG"), ("a.JPEG", PATHS, "a.JPEG"),
+    ("n01/a.JPEG 0\ntrain/n01/a.JPEG 1", PATHS, "twice"), ("1\n1", torch.zeros(4, 1), "twice"),
+    (" \n\n", PATHS, "empty"), ("4", torch.zeros(4, 1), "'4'"), ("-1", torch.zeros(4, 1), "-1"), (None, PATHS, "read")])
+def test_subset_file(text, images, expected, tmp_path):
+    if text is not None:
+        (tmp_path / "list.txt").write_text(text)
+    if isinstance(expected, list):
+        assert subset(None, images=images, file=tmp_path / "list.txt").tolist() == expected
+    else:
+        with pytest.raises(balcon.UserError, match=expected) as error:
+            subset(None, images=images, file=tmp_path / "list.txt")
+        assert "--subset-file" in str(error.value)
+
+
+def test_checkpoint_with_its_own_flags_again(tmp_path):
+    (tmp_path / "list.txt").write_text("1\n2\n")
+    flags = ["--subset-file", str(tmp_path / "list.txt"), "--views", "4", "--out", str(tmp_path / "x")]
+    balcon.save_atomically(tmp_path / "a.pt", {"backbone": {}, "config": balcon.public(balcon.parse_flags(flags))})
+    again = balcon.parse_flags(["--checkpoint", str(tmp_path / "a.pt"), *flags])
+    assert again.subset_file == tmp_path / "list.txt" and again.views == 4
+
+
+# ------------------------------------------ kept checkpoints -----------------------------------
+DRAWN = functools.cache(balcon.draw_patterns)
+
+
+def main(*flags):
+    with pytest.raises(SystemExit) as stop:
+        balcon.main([*map(str, flags)])
+    return stop.value.code
+
+
+KEPT = ("--limit 48 --batch-size 16 --epochs 4 --lr 0.1 --save-every 2 --eval bounds --views 2 "
+        "--theory-limit 32").split()
+
+
+def test_kept_checkpoints_and_their_bounds(tmp_path, monkeypatch):
+    monkeypatch.setattr(balcon, "draw_patterns", DRAWN)
+    assert main(*KEPT, "--out", tmp_path / "whole") == 0
+    kept = ["epoch0000.pt", "epoch0002.pt", "epoch0004.pt"]
+    assert sorted(os.listdir(tmp_path / "whole")) == [*kept, "last.pt", "log.jsonl", "results.json"]
+    found = results(tmp_path / "whole")
+    rows = [{**row} for row in found["bounds_over_epochs"]]
+    assert [row.pop("epoch") for row in rows] == [0, 2, 4]
+    assert rows[0] == found["untrained_bounds"] and rows[2] == found["bounds"] and rows[1] not in rows[::2]
+
+    batches, left = balcon.InMemory.batches, [None]
+
+    def fragile(self, order, views=None, n=1, key=(), shared=False):
+        for batch in batches(self, order, views, n, key, shared):
+            if key == (0, "views"):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+            yield batch
+    monkeypatch.setattr(balcon.InMemory, "batches", fragile)
+    for left[0], expected in ((2, kept[:1]), (7, kept[:2]), (4, kept[:2])):  # in epochs 1, 3 and 4, of 3 steps
+        with pytest.raises(Killed):
+            balcon.main([*KEPT, "--out", str(tmp_path / "killed")])
+        assert sorted(p.name for p in (tmp_path / "killed").glob("epoch*")) == expected
+    left[0] = 100
+    assert main(*KEPT, "--out", tmp_path / "killed") == 0
+    assert sorted(os.listdir(tmp_path / "killed")) == sorted(os.listdir(tmp_path / "whole"))
+    for name in kept:
+        a, b = (torch.load(tmp_path / run / name)["backbone"] for run in ("whole", "killed"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert results(tmp_path / "killed")["bounds_over_epochs"] == found["bounds_over_epochs"]
+
+
+def leaves(tree, name=""):
+    return {k: v for key, value in tree.items() for k, v in leaves(value, f"{name} {key}").items()} \
+        if isinstance(tree, dict) else {name: tree}
+
+
+def test_theory_on_two_processes(tmp_path):
+    words = ["bias", "bounds", "assumptions", "repulsion", "nscl"]
+    flags = ["--epochs", 0, "--limit", 39, "--views", 4, "--batch-size", 64, "--probe-epochs", 1, "--eval", *words]
+    found = []
+    for processes in (1, 2):
+        done = cli(*flags, "--out", tmp_path / str(processes), processes=processes)
+        assert done.returncode == 0, done.stderr
+        found.append(leaves({word: results(tmp_path / str(processes))[word] for word in words}))
+    one, two = found
+    assert one.keys() == two.keys() and len(one) > 100
+    for name in one:  # of 2,000 test images one may lie on a border
+        tolerance = dict(abs=.06) if "shot" in name else dict(rel=1e-5, abs=2e-6)
+        assert two[name] == pytest.approx(one[name], **tolerance), name
+
+
+# ------------------------------------------ bad input ------------------------------------------
+BAD_THEORY = {
+    "--dataset folder --data single --batch-size 2 --eval bias": "two classes",
+    "--theory-limit 4 --eval bounds": "a single image", "--theory-limit 15 --eval nscl": "a single image",
+    "--limit 8 --batch-size 4 --eval repulsion": "a single image", "--theory-limit 3": "theory-limit",
+    "--views 1 --eval bias": "views", "--views 3 --eval bias": "--views 3", "--views 0": "views",
+    "--checkpoint patterns.pt --dataset cifar10": "was made with --dataset patterns, not cifar10",
+    "--dataset stl10 --batch-size 4 --eval assumptions": "labels", "--save-every 0": "save-every",
+    "--subset lt --limit 20": "--limit", "--subset tail": "subset", "--subset-file gone.txt": "gone.txt",
+    "--subset-file list.txt --limit 32": "--limit", "--subset-file list.txt --subset uni": "--subset",
+    "--subset-file list.txt": "'4096'", "--save-every x": "save-every",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_THEORY)
+def test_bad_theory_is_one_sentence_and_exit_code_2(flags, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for place in ("single/train/cat", "single/test/cat"):
+        Path(place).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(f"{place}/{i}.png")
+    Path("list.txt").write_text("1\n4096\n")
+    balcon.save_atomically(Path("patterns.pt"), {
+        "backbone": {}, "config": balcon.public(balcon.parse_flags(["--out", "x"]))})
+    if "stl10" in flags:  # images without labels
+        unlabelled = torch.zeros(8, 3, 96, 96, dtype=torch.uint8), torch.full([8], -1), ["a", "b"]
+        monkeypatch.setattr(balcon, "load_data", lambda cfg, device: [balcon.InMemory(*unlabelled, device)] * 2)
+
+    def never(*arguments):
+        raise AssertionError("long work has begun")
+    monkeypatch.setattr(balcon, "draw_patterns", DRAWN)
+    monkeypatch.setattr(balcon, "pretrain", never)
+    monkeypatch.setattr(balcon, "embed", never)
+    assert main(*flags.split()) == 2
+    message = capfd.readouterr().err.strip()
+    assert message.startswith("balcon: ") and "\n" not in message and BAD_THEORY[flags] in message
+    assert not Path("runs").exists()
+
+
+# ------------------------------------------ report ---------------------------------------------
+def put_results(folder, seed=0, bias=None, **more):
+    """A finished run's results.json with invented figures; keywords that are flags go to its config."""
+    config = {**balcon.COMMON, "dataset": "cifar10", "alpha": 2.0, "lam": 4.0, "epochs": 12, "limit": 5000, "lr": 0.1,
+              "batch_size": 256, "backbone": "resnet10", "seed": seed}
+    config.update({key: more.pop(key) for key in list(more) if key in config})
+    spaces = {"projection": 1, "raw_projection": 10, "features": 5}
+    if bias is not None:
+        more["bias"] = {space: {"eq51": bias * scale, "eq16": bias * scale / 2, "eq51_relative": bias,
+                                "eq16_relative": -bias} for space, scale in spaces.items()}
+    folder.mkdir(parents=True)
+    more = {"config": config, "seed": seed, "class_counts": [300, 200], **more}
+    (folder / "results.json").write_text(json.dumps(more))
+
+
+def tables(text):
+    """The Markdown tables of a text: {title: rows}, the rule below the head left out."""
+    found = {}
+    for block in re.findall(r"(.+)\n\n((?:\|.*\n)+)", text):
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block[1].splitlines()]
+        assert len({len(row) for row in rows}) == 1 and set(rows.pop(1)) == {"---"}
+        found.setdefault(block[0], []).append(rows)
+    return found
+
+
+def test_report_grid(tmp_path, capsys):
+    for loss in ("balanced", "ntxent"):
+        for alpha, lam, linear in ((8, 1, 40.0), (1, 1, 41.126), (1, 2, 43.0)):
+            put_results(tmp_path / f"{loss}{alpha}{lam}", alpha=alpha, lam=lam, loss=loss,
+                        linear=linear + (loss == "ntxent"))
+    put_results(tmp_path / "second seed", seed=1, alpha=1, lam=2, linear=46.0)
+    put_results(tmp_path / "another scale", alpha=1, lam=2, linear=99.0, epochs=100)
+    balcon.report([tmp_path], tmp_path / "figures")
+    found = tables(capsys.readouterr().out)
+    balanced, ntxent = [[rows for title, (rows,) in found.items() if title.startswith(loss)]
+                        for loss in ("balanced", "ntxent")]
+    assert balanced == [[["", "λ = 1", "λ = 2"], ["α = 1", "41.13", "**44.50 ± 2.12**"], ["α = 8", "40.00", "–"]]]
+    assert ntxent == [[["", "λ = 1", "λ = 2"], ["α = 1", "42.13", "**44.00**"], ["α = 8", "41.00", "–"]]]
+
+
+def test_report_strategies_similarities_and_subsets(tmp_path, capsys):
+    linear, bias = [42.0, 39.5, 41.0, 38.0, 40.0], [0.9, 1.1, 1.2, 1.5, 1.0]
+    strategies = [{}, {"drop": ["color_distortion"]}, *({"add": [part]} for part in balcon.ADDABLE[:3])]
+    for i, strategy in enumerate(strategies):
+        put_results(tmp_path / f"strategy{i}", linear=linear[i], knn=30.0 + i, bias=bias[i], **strategy)
+    put_results(tmp_path / "dot", similarity="dot", linear=10.0)
+    for subset in ("lt", "uni"):
+        put_results(tmp_path / subset, subset=subset, epochs=7, linear=20.0,
+                    class_counts=[90, 10] if subset == "lt" else [50, 50])
+    balcon.report([tmp_path], tmp_path / "figures")
+    text = capsys.readouterr().out
+    found = [rows for group in tables(text).values() for rows in group]
+    by = {rows[0][0]: rows for rows in reversed(found)}  # the first of each kind
+    assert by["strategy"][1] == ["base", "42.00", "30.00"] and by["strategy"][-1][0] == "+random_rotation"
+    assert ["−color_distortion", "39.50", "31.00"] in by["strategy"]
+    assert by["similarity"] == [["similarity", "linear", "knn"], ["cosine", "42.00", "30.00"], ["dot", "10.00", "–"]]
+    assert ["lt", "100", "90", "10", "20.00", "–"] in by["subset"]
+    n, r = len(linear), statistics.correlation(linear, bias)
+    ranks = [[sorted(values).index(v) for v in values] for values in (linear, bias)]
+    low, high = (math.tanh(math.atanh(r) + sign * 1.96 / math.sqrt(n - 3)) for sign in (-1, 1))
+    expected = f"r = {r:.2f} [{low:.2f}, {high:.2f}], ρ = {statistics.correlation(*ranks):.2f}"
+    assert ["bias features eq51", expected] == next(row for row in by[""] if row[0] == "bias features eq51")[:2]
+    assert any(row[0] == "bias features eq16_relative" and row[1].startswith(f"r = {-r:.2f}") for row in by[""])
+
+
+def test_report_bounds_and_figures(tmp_path, capsys, monkeypatch):
+    kept = [{"epoch": epoch, "attract_gap": 0.5 / (epoch + 1), "repel_gap": 2.0} for epoch in (0, 10)]
+    put_results(tmp_path / "runs" / "a", bounds_over_epochs=kept, linear=40.0, bias=1.0)
+    put_results(tmp_path / "runs" / "b", lam=1.0, linear=41.0)
+    put_results(tmp_path / "runs" / "c", add=["random_cutout"], linear=41.0, bias=2.0)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    balcon.report([tmp_path / "runs"], tmp_path / "figures")
+    text = capsys.readouterr().out
+    assert [["0", "0.5000", "2.0000"], ["10", "0.0455", "2.0000"]] in [
+        rows[1:] for of in tables(text).values() for rows in of]
+    assert "no matplotlib: no figures" in text and not (tmp_path / "figures").exists()
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    for _ in range(2):
+        balcon.report([tmp_path / "runs" / name for name in "abc"], tmp_path / "figures")
+        files = {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
+    assert sorted(files) == ["00_grid_balanced_linear.svg", "01_bias.svg", "02_bounds.svg"]
+    assert all(ElementTree.fromstring(svg).tag.endswith("svg") and b"<dc:date>" not in svg for svg in files.values())
+
+
+def test_report_refuses_what_is_no_run(tmp_path, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "results.json").write_text("[1, 2")
+    for folder, said in ((tmp_path / "nothing", "no results.json"), (tmp_path / "broken", "not the results of a run")):
+        with pytest.raises(SystemExit) as exit:
+            balcon.main(["--report", str(folder)])
+        error = capsys.readouterr().err
+        assert exit.value.code == 2 and said in error and error.count("\n") == 1
