@@ -961,8 +961,7 @@ def eq16(halves, labels):
     """
     gap = class_means(halves, labels)[labels] - halves  # [N, 2, d]
     whole, half = gap.mean(1).norm(dim=1), gap.norm(dim=2).mean(1)  # [N] each
-    square = 2 * whole.mean() ** 2 - half.mean() ** 2
-    bias = square.clamp(min=0).sqrt()
+    bias = (2 * whole.mean() ** 2 - half.mean() ** 2).clamp(min=1e-12).sqrt()
     influence = (2 * whole.mean() * whole - half.mean() * half) / bias  # of each image on the bias, to first order
     return bias.item(), influence.std().item() / math.sqrt(len(labels))
 
@@ -970,11 +969,11 @@ def prototype_bias(encoder, train, test, cfg):
     """Eq. 51, the paper's estimate of the bias, and Eq. 16, the bias, in three spaces (Section 5.2, A.3.2).
 
     Eq. 51 moves the norm inside the expectations: by Jensen's inequality it is an upper bound of Eq. 16.
-    Neither has a scale of its own: *_relative divides by the mean distance of two images' views.
+    Neither has a scale of its own: *_relative divides by random_pairs, the mean distance of views of two
+    random images, each under its own t.
     """
     data, labels = theory_images(train, cfg)
-    generator, partner = rng(cfg.seed, "pairs"), torch.empty_like(data.labels)
-    order = torch.randperm(len(labels), generator=generator)
+    order, partner = torch.randperm(len(labels), generator=rng(cfg.seed, "pairs")), torch.empty_like(data.labels)
     for rows in (order[data.labels[order] == c] for c in data.labels.unique()):
         partner[rows] = rows.roll(1)  # x′, another image of the class
     samples = zip(embed(encoder, data, cfg, "bias"), embed(encoder, data.select(partner), cfg, "bias"),  # the same t
