@@ -439,10 +439,9 @@ def training_subset(cfg, images, labels):
     for count in long_tailed_counts(len(sizes), total, min(1280, int(sizes.max()))):  # the largest first
         able = ((sizes >= count) & (counts == 0)).nonzero().squeeze(1)
         if not len(able):
-            raise UserError(f"no class is left that has {count} images: lower --limit, now {total}")
+            raise UserError(f"no class is left that has {count} images: set a lower --limit than {total}")
         counts[able[torch.randint(len(able), [], generator=generator)]] = count
-    shuffled = torch.randperm(len(labels), generator=generator)
-    return torch.cat([shuffled[labels[shuffled] == c][:count] for c, count in enumerate(counts)]).sort().values
+    return (turns(labels, generator) < counts[labels.clamp(min=0)]).nonzero().squeeze(1)
 
 def long_tailed_counts(classes, total, largest=1280, smallest=5, shape=6):
     """ImageNet-LT's class sizes (A.3.4), the largest first: quantiles of a Pareto law (Lomax, from 0) above
@@ -520,12 +519,14 @@ def balanced_subset(labels, n, *key):
     """Rows of n images, as equal in number per class as can be: a pure function of the key."""
     if n > len(labels):
         raise UserError(f"--limit {n} asks for more than the {len(labels)} training images")
-    shuffled = torch.randperm(len(labels), generator=rng(*key))
-    turn = torch.full([len(labels)], math.inf)  # every class gives an image, then its second one …
-    for c in labels[labels >= 0].unique():  # … and only then come images without a label
-        rows = shuffled[labels[shuffled] == c]
-        turn[rows] = torch.arange(len(rows)).float()
-    return turn.argsort(stable=True)[:n].sort().values
+    return turns(labels, rng(*key)).argsort(stable=True)[:n].sort().values
+
+def turns(labels, generator):
+    """Every class gives an image, then its second one, …: the turn of each image; ∞ without a label."""
+    shuffled, counts = torch.randperm(len(labels), generator=generator), (labels + 1).bincount()
+    order, turn = shuffled[labels[shuffled].argsort(stable=True)], torch.empty(len(labels))
+    turn[order] = (torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)).float()
+    return turn.masked_fill(labels < 0, math.inf)
 
 PATTERNS = {  # by two coordinates u, v and a distance r, all in radians
     "stripes": lambda u, v, r: u.sin(),
@@ -689,9 +690,7 @@ def pretrain(encoder, data, cfg):
     model = torch.compile(model) if cfg.compile else model
     optimizer = torch.optim.SGD(encoder.parameters(), cfg.lr, momentum=0.9, weight_decay=1e-4)
     if last.exists():
-        state = read_checkpoint(last)
-        encoder.backbone.load_state_dict(state["backbone"])
-        encoder.projector.load_state_dict(state["projector"])
+        state = load_weights(encoder, last)
         optimizer.load_state_dict(state["optimizer"])
         first, seconds = state["step"], state["seconds"]
     if (torch.stack(gather(torch.tensor([first], device=data.device))) != first).any():
@@ -707,13 +706,13 @@ def pretrain(encoder, data, cfg):
                 shuffled = torch.randperm(len(data.labels), generator=rng(cfg.seed, "order", epoch))
             yield step, shuffled[place * m:][:m]
 
-    def state(**more):
+    def snapshot(**more):
         return {"backbone": encoder.backbone.state_dict(), "projector": encoder.projector.state_dict(),
                 "step": step, "config": public(cfg), **more}
 
     step = first
     if cfg.save_every and rank() == 0 and first == 0:
-        save_atomically(cfg.out / "epoch0000.pt", state())
+        save_atomically(cfg.out / "epoch0000.pt", snapshot())
     model.train()
     started = saved = time.perf_counter()
     logged, views = (first, started), Views(cfg.parts, cfg.size, cfg.crop_scale)
@@ -752,8 +751,8 @@ def pretrain(encoder, data, cfg):
         if step % per_epoch == 0 or now - saved > SAVE_SECONDS:
             saved, epoch = now, step // per_epoch
             if cfg.save_every and step % per_epoch == 0 and epoch % cfg.save_every == 0:  # kept for --eval bounds
-                save_atomically(cfg.out / f"epoch{epoch:04d}.pt", state())
-            save_atomically(last, state(optimizer=optimizer.state_dict(), seconds=seconds + now - started))
+                save_atomically(cfg.out / f"epoch{epoch:04d}.pt", snapshot())
+            save_atomically(last, snapshot(optimizer=optimizer.state_dict(), seconds=seconds + now - started))
     return seconds + time.perf_counter() - started
 
 def save_atomically(path, value):
@@ -770,8 +769,18 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes of the unpickler
         raise UserError(f"cannot read the checkpoint {path}: {type(error).__name__} {error}") from None
-    if not isinstance(state, dict) or not {"backbone", "config"} <= set(state):
+    config = state.get("config") if isinstance(state, dict) and "backbone" in state else None
+    if not isinstance(config, dict) or config.get("dataset") not in RECIPES:
         raise UserError(f"{path} is not a checkpoint of balcon")
+    return state
+
+def load_weights(encoder, path):
+    state = read_checkpoint(path)
+    try:
+        encoder.backbone.load_state_dict(state["backbone"])
+        encoder.projector.load_state_dict(state["projector"])
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit: {str(error).splitlines()[-1].strip():.100}") from None
     return state
 
 def open_log(cfg, first):
@@ -785,12 +794,12 @@ def open_log(cfg, first):
 def read_log(path):
     """The lines of a log; one that a kill cut short ends it."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    return lines if lines and "config" in lines[0] else []
+    return lines if lines and isinstance(lines[0], dict) and "config" in lines[0] else []
 
 def environment():
     """What else decides the figures: in the first line of every log, and in results.json as of the last evaluation."""
@@ -925,7 +934,7 @@ def embed(encoder, data, cfg, *key, n=1, groups=1):
     """(projections of unit length, raw projections, backbone features), on every rank: [N, groups, d] each,
     means over n/groups views of each of the N images. The same key gives the same t to the same row.
 
-    In float32 on CUDA too: rounding would be a distance as well.
+    Not in bfloat16 on CUDA: rounding would be a distance as well.
     """
     batches, views = torch.arange(len(data.labels)).split(max(1, 512 // n)), Views(cfg.parts, cfg.size, cfg.crop_scale)
     encoder.eval()
@@ -961,9 +970,9 @@ def eq16(halves, labels):
     """
     gap = class_means(halves, labels)[labels] - halves  # [N, 2, d]
     whole, half = gap.mean(1).norm(dim=1), gap.norm(dim=2).mean(1)  # [N] each
-    bias = (2 * whole.mean() ** 2 - half.mean() ** 2).clamp(min=1e-12).sqrt()
-    influence = (2 * whole.mean() * whole - half.mean() * half) / bias  # of each image on the bias, to first order
-    return bias.item(), influence.std().item() / math.sqrt(len(labels))
+    square = 2 * whole.mean() ** 2 - half.mean() ** 2
+    error = (4 * whole.mean() * whole - 2 * half.mean() * half).std() / math.sqrt(len(labels))  # of the square
+    return square.clamp(min=0).sqrt().item(), (error / (2 * square.maximum(error).sqrt())).item()
 
 def prototype_bias(encoder, train, test, cfg):
     """Eq. 51, the paper's estimate of the bias, and Eq. 16, the bias, in three spaces (Section 5.2, A.3.2).
@@ -981,7 +990,7 @@ def prototype_bias(encoder, train, test, cfg):
     result = {}
     for space, (x, other, halves) in zip(("projection", "raw_projection", "features"), samples):
         distance, (bias, error) = (x - other).norm(dim=2), eq16(halves, labels)
-        scale = (x[order] - x[order.roll(1)]).norm(dim=2).mean().item()
+        scale = (x[order] - x[order.roll(1)]).norm(dim=2).mean().item() or math.nan  # collapse: no scale
         result[space] = {
             "eq51": distance.mean().item(), "eq51_se": distance.std().item() / math.sqrt(len(labels)),
             "eq16": bias, "eq16_se": error, "random_pairs": scale,
@@ -992,7 +1001,8 @@ def theorem_sides(anchor, mean_view, bank, labels, alpha):
     """Both sides of Theorems 4.4 and 4.6 for each anchor f(t(x)), all of unit length: {name: [N]}.
 
     anchor, bank: [N, d], one view of each image, drawn apart; mean_view: [N, d], E f(T(x)); labels: [N].
-    repel_b is B = (1/α) log Σ_y E[exp(α s)|y], Eq. 46: with balanced classes Eq. 10's right side times ν.
+    repel_b is B = (1/α) log Σ_y E[exp(α s)|y], Eq. 46: with balanced classes Eq. 10's right side times ν, but
+    that each image of the bank has its own t′, so E_T′ is inside the log (by Jensen, no less than outside).
     The paper bounds the left side by B/ν. Its proof divides by ν ≤ 1 (Eq. 38), which needs B ≥ 0; where
     B < 0 the left side is at most B, so max(B, B/ν) always holds.
     """
@@ -1013,7 +1023,7 @@ def measured_sides(encoder, train, cfg):
     return theorem_sides(anchor, mean_view, bank, labels, cfg.alpha)
 
 def bounds(encoder, train, test, cfg):
-    """How tight Theorems 4.4 (K views) and 4.6 (one T′, the training images as bank) are: mean gaps
+    """How tight Theorems 4.4 (K views) and 4.6 (one view of each training image as bank) are: mean gaps
     RHS − LHS (A.4.5, Fig. 6), and the share in % of images where the bound does not hold."""
     side = measured_sides(encoder, train, cfg)
     result = {f"{name}_mean" if name == "nu" else name: value.mean().item() for name, value in side.items()}
@@ -1025,11 +1035,11 @@ def bounds(encoder, train, test, cfg):
 
 def assumptions(encoder, train, test, cfg):
     """What the theorems assume. Assumption 4.3: f(t(x)) and the mean view lie in one hemisphere. Theorem 4.6
-    needs B ≥ 0 (enough, not necessary), which the paper does not say: see `theorem_sides`. Eq. 12 weighs
-    repelling by λ/ν, which Eq. 17 calls λ. If --lam is that weight, Eq. 2's λ is lam·ν; if --lam is Eq. 2's
-    λ, the weight is lam/ν. ν here: the smallest over all classes."""
+    needs B ≥ 0 (enough, not necessary), which the paper does not say: see `theorem_sides`. ν is the smallest
+    over all classes. Eq. 17's λ is Eq. 2's over ν: lam_times_nu is Eq. 2's if --lam is Eq. 17's, as it is here;
+    lam_over_nu is Eq. 17's if --lam is Eq. 2's."""
     side = measured_sides(encoder, train, cfg)
-    angle, nu = (-side["attract_lhs"]).clamp(-1, 1).acos().rad2deg(), side["nu"].min().item()
+    angle, nu = (-side["attract_lhs"]).clamp(-1, 1).acos().rad2deg(), side["nu"].min().item() or math.nan
     return {"angle_degrees": angle.mean().item(), "angle_95_percent": angle.quantile(0.95).item(),
             "assumption_4_3_violated": 100 * (angle > 90).double().mean().item(),
             "nu": nu, "lam_over_nu": cfg.lam / nu, "lam_times_nu": cfg.lam * nu,
@@ -1043,89 +1053,84 @@ def batches_of_views(z, labels, m, cfg):
         views, y = z[rows].transpose(0, 1).flatten(0, 1), labels[rows].repeat(2)
         yield views @ views.T, image[:, None] == image, y[:, None] == y
 
-def repulsion(encoder, train, test, cfg):
-    """False negatives: in batches as in training, the share of an anchor's repelling softmax that lies on
-    negatives of its own class, by α; by_chance is their share of the negatives. Times λ it is the weight of
-    their gradient, beside the positive's 1. NT-Xent has the positive in the softmax as well, with share
-    `positive`, and leaves (1 − positive) to the negatives."""
-    data, labels = theory_images(train, cfg)
-    z, m, shares = embed(encoder, data, cfg, "two views", n=2, groups=2)[0], min(cfg.batch_size, len(labels)), {}
+def false_negatives(z, labels, m, cfg):
+    """Means over the anchors of batches of m images, by α ("by_chance": for all). share: of the repelling
+    softmax, on the 2(n_y − 1) negatives of the anchor's own class. positive: NT-Xent's share on the positive.
+    loss and nscl: balanced and negatives-only supervised; their gap is −(λ/α) log(1 − share), and its bound
+    (λ/α) log(1 + (n_y − 1) e^{2α} / (m − n_y)). Batches of one class are left out: NSCL has no negatives."""
+    found = {}
     for s, same_image, same_class in batches_of_views(z, labels, m, cfg):
-        shares.setdefault("by_chance", []).append((same_class & ~same_image).double().mean() * 2 * m / (2 * m - 2))
-        itself = torch.eye(2 * m, dtype=torch.bool, device=s.device)
-        for alpha in alphas(cfg):
-            same = ((alpha * s).masked_fill(same_image, -math.inf).softmax(1) * same_class).sum(1)
-            positive = ((alpha * s).masked_fill(itself, -math.inf).softmax(1) * same_image).sum(1)
-            shares.setdefault(alpha, []).append(torch.stack([same, positive, (1 - positive) * same]).double().mean(1))
-    result = {"batch": m, "by_chance": torch.stack(shares.pop("by_chance")).mean().item()}
-    for alpha, values in shares.items():
-        same, positive, ntxent_same = torch.stack(values).mean(0).tolist()
-        result[f"alpha_{alpha:g}"] = {
-            "same_class": same, "same_class_times_lam": cfg.lam * same, "ntxent_same_class": ntxent_same,
-            "ntxent_positive": positive, "ntxent_positive_times_lam": cfg.lam * positive}
-    return result
+        n_y = same_class.sum(1).double() / 2
+        if n_y.max() == m:
+            continue
+        positive = s.diagonal(m).repeat(2)  # [2m]
+        for alpha in sorted({1.0, 2.0, 4.0, 8.0, cfg.alpha}):
+            everything, others = ((alpha * s).masked_fill(kept_out, -math.inf).logsumexp(1)
+                                  for kept_out in (same_image, same_class))
+            share = -torch.expm1(others - everything)
+            on_positive = torch.exp(alpha * positive - torch.logaddexp(everything, alpha * positive))
+            bound = F.softplus(2 * alpha + torch.log((n_y - 1) / (m - n_y)))
+            found.setdefault(f"alpha_{alpha:g}", []).append(torch.stack([
+                share, on_positive, (1 - on_positive) * share, cfg.lam / alpha * everything - positive,
+                cfg.lam / alpha * others - positive, cfg.lam / alpha * (everything - others),
+                cfg.lam / alpha * bound, (n_y - 1) / (m - 1)]).double().mean(1))
+    names = ("share", "positive", "share_beside_positive", "loss", "nscl", "gap", "bound", "by_chance")
+    return {alpha: dict(zip(names, torch.stack(rows).mean(0).tolist())) for alpha, rows in found.items()}
 
-def alphas(cfg):
-    return sorted({1.0, 2.0, 4.0, 8.0, cfg.alpha})
+def repulsion(encoder, train, test, cfg):
+    """False negatives in batches as in training: which share of the repelling softmax lies on the anchor's own
+    class, by α. Times λ it is the weight of their gradient, beside the positive's 1. NT-Xent has the positive
+    in the softmax as well, and leaves the rest of its mass to the negatives."""
+    data, labels = theory_images(train, cfg)
+    z, m = embed(encoder, data, cfg, "two views", n=2, groups=2)[0], min(cfg.batch_size, len(labels))
+    found = false_negatives(z, labels, m, cfg)
+    return {"batch": m, "by_chance": next(iter(found.values()), {}).get("by_chance"), **{alpha: {
+        "same_class": x["share"], "same_class_times_lam": cfg.lam * x["share"],
+        "ntxent_positive": x["positive"], "ntxent_same_class": x["share_beside_positive"]}
+        for alpha, x in found.items()}}
 
 def class_distance_variance(features, labels):
     """(CDNV, directional CDNV) of arXiv 2506.04411, means over ordered pairs of classes: the variance of a
     class, whole or along the line to the other class's centre, over the squared distance of the centres."""
-    centres, C = class_means(features, labels), int(labels.max()) + 1
-    apart = (centres[:, None] - centres).norm(dim=2).fill_diagonal_(math.inf)  # [C, C]
-    spread, along = [], []
-    for c in range(C):
-        rest = features[labels == c] - centres[c]
-        spread.append(rest.square().sum(1).mean())
-        along.append((rest @ ((centres - centres[c]) / apart[c, :, None]).T).square().mean(0))
-    pairs = C * (C - 1)
-    return ((torch.stack(spread)[:, None] / apart ** 2).sum() / pairs).item(), \
-        ((torch.stack(along) / apart ** 2).sum() / pairs).item()
+    centres = class_means(features, labels)  # [C, d]
+    apart = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist").square()
+    apart, pairs = apart.fill_diagonal_(math.inf), len(centres) * (len(centres) - 1)
+    own, rest = centres[labels], features - centres[labels]
+    along = class_means((rest @ centres.T - (rest * own).sum(1, keepdim=True)).square(), labels) / apart
+    spread = class_means(rest.square().sum(1), labels)[:, None]
+    return ((spread / apart).sum() / pairs).item(), ((along / apart).sum() / pairs).item()
 
 def nscl(encoder, train, test, cfg, draws=5):
-    """Self-supervised against supervised (arXiv 2506.04411): the gap L − L_NSCL, which is −(λ/α) log(1 − share)
-    with `repulsion`'s share, and its bound (λ/α) log(1 + (n_y − 1) e^{2α} / (m − n_y)), n_y of the m images
-    being of the anchor's class; means over anchors, for the first classes of a shuffled list. CDNV, directional
-    CDNV. Top-1 in % by n labels a class, of the nearest class centre and a linear classifier, both on backbone
-    features of unit length, mean and standard deviation over `draws` of the labels."""
+    """Self-supervised against supervised (arXiv 2506.04411). The gap L − L_NSCL and its bound, for the first
+    classes of a shuffled list. CDNV, directional CDNV. Top-1 in % by n labels a class, of the nearest class
+    centre and a linear classifier on backbone features of unit length, mean and deviation over `draws`."""
     data, labels = theory_images(train, cfg)
-    z, classes, result = embed(encoder, data, cfg, "two views", n=2, groups=2)[0], int(labels.max()) + 1, {}
-    number = torch.randperm(classes, generator=rng(cfg.seed, "classes")).to(labels.device)[labels]
-    for C in sorted({c for c in (2, 5, 10, 20, 50, 100) if c < classes} | {classes}):
-        some, figures = number < C, {}
-        m = min(cfg.batch_size, int(some.sum()))
-        for s, same_image, same_class in batches_of_views(z[some], number[some], m, cfg):
-            n_y = same_class.sum(1).double() / 2
-            if n_y.max() == m:
-                continue  # images of one class: NSCL has no negatives
-            positive = s[same_image & ~torch.eye(2 * m, dtype=torch.bool, device=s.device)]
-            for alpha in alphas(cfg):
-                loss, supervised = (cfg.lam / alpha * (alpha * s).masked_fill(kept_out, -math.inf).logsumexp(1)
-                                    - positive for kept_out in (same_image, same_class))
-                bound = cfg.lam / alpha * F.softplus(2 * alpha + torch.log((n_y - 1) / (m - n_y)))
-                figures.setdefault(alpha, []).append(torch.stack([loss, supervised, loss - supervised, bound]).mean(1))
-        for alpha, values in figures.items():
-            result[f"classes_{C}_alpha_{alpha:g}"] = dict(zip(
-                ("loss", "nscl", "gap", "bound"), torch.stack(values).mean(0).tolist()))
-    features, known = (gather_rows(x, len(train.labels)) for x in extract(encoder.backbone, train))
+    z, C, result = embed(encoder, data, cfg, "two views", n=2, groups=2)[0], int(labels.max()) + 1, {}
+    number = torch.randperm(C, generator=rng(cfg.seed, "classes")).to(labels.device)[labels]
+    for classes in sorted({c for c in (2, 5, 10, 20, 50, 100) if c < C} | {C}):
+        some = number < classes
+        found = false_negatives(z[some], number[some], min(cfg.batch_size, int(some.sum())), cfg)
+        result.update({f"classes_{classes}_{alpha}": {key: x[key] for key in ("loss", "nscl", "gap", "bound")}
+                       for alpha, x in found.items()})
+    known = train.labels.unique().to(labels.device)  # names of the classes 0 … C−1 of `labels`
+    features = gather_rows(extract(encoder.backbone, data)[0], len(labels))
     queries, answers = (gather_rows(x, len(test.labels)) for x in extract(encoder.backbone, test))
-    result["cdnv"], result["directional_cdnv"] = class_distance_variance(features, known.unique(return_inverse=True)[1])
+    result["cdnv"], result["directional_cdnv"] = class_distance_variance(features, labels)
     features, queries = F.normalize(features, dim=1), F.normalize(queries, dim=1)
-    for shots in (n for n in (1, 5, 10, 100) if n <= known.bincount()[known.unique()].min()):
-        centre, linear = [], []
+    cfg = SimpleNamespace(**{**vars(cfg), "probe_optimizer": "sgd", "probe_lr": 10.0, "probe_batch": 256})
+    for shots in (n for n in (1, 5, 10, 100) if n <= labels.bincount().min()):
+        accuracy = []
         for draw in range(draws):
-            rows = balanced_subset(known.cpu(), shots * len(known.unique()), "few-shot", cfg.seed, draw)
-            x, y = features[rows], known[rows]
-            orders = (torch.randperm(len(rows), generator=rng(cfg.seed, "few-shot", draw, epoch)).split(cfg.probe_batch)
+            rows = balanced_subset(labels.cpu(), shots * C, "few-shot", cfg.seed, draw)
+            x, y = features[rows], labels[rows]
+            orders = (torch.randperm(len(rows), generator=rng(cfg.seed, "few-shot", draw, epoch))
                       for epoch in range(cfg.probe_epochs))
-            probe = train_probe(((x[part], y[part]) for order in orders for part in order),
-                                nn.Linear(x.shape[1], len(train.classes)).to(x.device), len(rows), cfg)
-            names, place = y.unique(return_inverse=True)
-            nearest = names[torch.cdist(queries, class_means(x, place)).argmin(1)]
-            for found, predicted in ((centre, nearest), (linear, probe(queries).argmax(1))):
-                found.append(100 * (predicted == answers).double().mean().item())
-        result[f"{shots}_shot"] = {"centre": np.mean(centre), "centre_sd": np.std(centre, ddof=1),
-                                   "linear": np.mean(linear), "linear_sd": np.std(linear, ddof=1)}
+            probe = train_probe(((x[part], y[part]) for order in orders for part in order.split(cfg.probe_batch)),
+                                nn.Linear(x.shape[1], C).to(x.device), len(rows), cfg)
+            predicted = torch.cdist(queries, class_means(x, y)).argmin(1), probe(queries).argmax(1)
+            accuracy.append([100 * (known[p] == answers).double().mean().item() for p in predicted])
+        mean, sd = np.mean(accuracy, 0), np.std(accuracy, 0, ddof=1)
+        result[f"{shots}_shot"] = {"centre": mean[0], "centre_sd": sd[0], "linear": mean[1], "linear_sd": sd[1]}
     return result
 
 EVALUATIONS = {"knn": lambda encoder, *rest: knn_accuracy(encoder.backbone, *rest),
@@ -1138,44 +1143,50 @@ EVALUATIONS = {"knn": lambda encoder, *rest: knn_accuracy(encoder.backbone, *res
 SPACES = ("projection", "raw_projection", "features")
 DIGITS = {"linear": 2, "knn": 2, "images": 0, "largest_class": 0, "smallest_class": 0}  # others: 3
 
-def read_results(dirs):
-    """The results.json of every run in `dirs`, or in the directories there; older configs are completed."""
-    runs = {}
-    for folder in dirs:
-        paths = [path for path in (folder / "results.json", *sorted(folder.glob("*/results.json"))) if path.exists()]
-        if not paths:
-            raise UserError(f"--report {folder}: no results.json there, nor in a directory there")
-        for path in paths:
-            try:
-                run = json.loads(path.read_text())
-                config = run["config"] = {**COMMON, **run["config"]}
-                names = ["−" + part for part in sorted(config["drop"])] + ["+" + part for part in config["add"]]
-                config["strategy"] = " ".join(names) or "base"  # named as in Fig. 3
-                for name, f in (("images", sum), ("largest_class", max), ("smallest_class", min)):
-                    run[name] = f(run["class_counts"]) if run.get("class_counts") else None
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"--report: {path} is not the results of a run: {error!r}") from None
-            runs[path.resolve()] = run
-    return list(runs.values())
+def flat(tree, name=""):
+    """{"bias": {"features": {"eq51": x}}} -> {"bias features eq51": x}"""
+    if not isinstance(tree, dict):
+        return {name: tree}
+    return {k: v for key, value in tree.items() for k, v in flat(value, f"{name} {key}".strip()).items()}
 
-def comparable(runs, *varied):
-    """Groups of runs alike in all but `varied` and the seed: {values of varied: [run, ...]}, two keys or more."""
-    aside, groups = {*varied, *NOT_IDENTITY, "seed", "data", "checkpoint", "baseline", "parts", "drop", "add"}, {}
+def read_results(dirs):
+    """The results.json of all runs in `dirs`, figures under flat names; older configs are completed."""
+    runs = []
+    for folder in dirs:
+        if not any(folder.rglob("results.json")):
+            raise UserError(f"--report {folder}: no results.json there, nor in a directory there")
+    for path in sorted({path.resolve() for folder in dirs for path in folder.rglob("results.json")}):
+        try:
+            found = json.loads(path.read_text())
+            config = {**COMMON, **RECIPES[found["config"]["dataset"]], **found.pop("config")}
+            names = ["−" + part for part in sorted(config["drop"])] + ["+" + part for part in config["add"]]
+            config.update(strategy=" ".join(names) or "base", parts=None, drop=None, add=None)  # as in Fig. 3
+            if config["subset_file"]:  # comparable with a uniform subset
+                config["subset"], config["subset_file"] = Path(config["subset_file"]).stem, None
+            config["checkpoint"] = Path(config["checkpoint"] or "last.pt").stem  # the end of a run, or an earlier epoch
+            if counts := found.get("class_counts"):
+                found.update(images=sum(counts), largest_class=max(counts), smallest_class=min(counts))
+            runs.append({**flat(found), "config": config, "path": path})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--report: {path} is not the results of a run: {error!r}") from None
+    return runs
+
+def comparable(runs, *varied, least=2):
+    """Groups of runs alike in all but `varied` and the seed: {values of varied: [run, ...]}, `least` keys or more."""
+    aside, groups = {*varied, *NOT_IDENTITY, "seed", "data", "baseline"}, {}
     for run in runs:
         alike = json.dumps({k: v for k, v in run["config"].items() if k not in aside}, sort_keys=True)
         groups.setdefault(alike, {}).setdefault(tuple(run["config"][key] for key in varied), []).append(run)
-    return [cells for cells in groups.values() if len(cells) > 1]
+    return [cells for cells in groups.values() if len(cells) >= least]
 
-def over_seeds(runs, *keys):
-    """Mean of run[key][key]… over the runs that have it, nan if none has, and its text: with the sample standard
+def over_seeds(runs, name):
+    """Mean of a figure over the runs that have it, nan if none has, and its text: with the sample standard
     deviation where there are several seeds."""
-    values = {}
+    values, digits = {}, DIGITS.get(name, 3)
     for run in runs:
-        figure = run
-        for key in keys:
-            figure = (figure or {}).get(key)
-        values.update({run["seed"]: figure} if figure is not None else {})
-    values, digits = list(values.values()), DIGITS.get(keys[0], 3)
+        if run.get(name) is not None and values.setdefault(run["seed"], run[name]) != run[name]:
+            raise UserError(f"--report: {run['path']} differs in {name} from a run of the same configuration and seed")
+    values = list(values.values())
     mean = np.mean(values) if values else math.nan
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 and digits else ""
     return mean, f"{mean:.{digits}f}{spread}" if values else "–"
@@ -1190,10 +1201,13 @@ def correlation(x, y):
     return f"r = {r:.2f} [{low:.2f}, {high:.2f}], ρ = {rho:.2f}"
 
 def markdown(title, rows):
+    """Print a table, unless it is empty; rows[0] is its head."""
     if any(text != "–" for row in rows[1:] for text in row[1:]):
+        widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+        rows = [[str(x).ljust(width) for x, width in zip(row, widths)] for row in rows]
         print(f"\n{title}\n")
-        for i, row in enumerate(rows):
-            print("| " + " | ".join(map(str, row)) + " |" + ("" if i else "\n|" + "---|" * len(row)))
+        for row in (rows[0], ["-" * width for width in widths], *rows[1:]):
+            print("| " + " | ".join(row) + " |")
 
 def report(dirs, out):
     """Print Markdown tables that compare finished runs; with matplotlib, draw them as SVG into `out`.
@@ -1201,10 +1215,16 @@ def report(dirs, out):
     Runs share a table if they differ only in what it varies and in the seed.
     """
     runs, figures = read_results(dirs), []  # figures: (file name, title, what is drawn)
+    keys = ("dataset", "loss", "alpha", "lam", "similarity", "strategy", "subset", "backbone", "epochs", "lr",
+            "checkpoint")
+    markdown("all runs", [[*keys, "seeds", "linear", "knn"]] + [
+        [*(of[0]["config"][key] for key in keys), len({run["seed"] for run in of}),
+         over_seeds(of, "linear")[1], over_seeds(of, "knn")[1]] for cells in comparable(runs, least=1)
+        for of in cells.values()])
 
     def about(runs):
         c, seeds = runs[0]["config"], sorted({run["seed"] for run in runs})
-        images = runs[0]["images"] or c["limit"] or "all"
+        images = runs[0].get("images") or c["limit"] or "all"
         return (f"{c['dataset']}, {images} images, {c['backbone']}, {c['epochs']} epochs, batch {c['batch_size']}, "
                 f"lr {c['lr']:g}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
 
@@ -1225,29 +1245,27 @@ def report(dirs, out):
 
     for varied in ("strategy", "similarity", "subset"):  # Fig. 3, Table 1, Tables 2 and 5
         for cells in comparable(runs, varied):
-            title, accuracies = f"by {varied}: {about(sum(cells.values(), []))}", [("linear",), ("knn",)]
+            title, accuracies = f"by {varied}: {about(sum(cells.values(), []))}", ["linear", "knn"]
             names = [name for name, in sorted(cells, key=lambda key: over_seeds(cells[key], "linear")[0], reverse=True)]
-            biases = [("bias", space, eq) for eq in ("eq51", "eq16", "eq51_relative", "eq16_relative")
+            biases = [f"bias {space} {eq}" for eq in ("eq51", "eq16", "eq51_relative", "eq16_relative")
                       for space in SPACES] if varied == "strategy" else []
-            sizes = [(key,) for key in ("images", "largest_class", "smallest_class")] if varied == "subset" else []
+            sizes = ["images", "largest_class", "smallest_class"] if varied == "subset" else []
             for columns in (sizes + accuracies, biases[:6], biases[6:]):
-                markdown(title, [[varied, *map(" ".join, columns)]] + [
-                    [name, *(over_seeds(cells[name,], *keys)[1] for keys in columns)] for name in names])
-            if not biases:
-                continue
-            mean = {keys: [over_seeds(cells[name,], *keys)[0] for name in names] for keys in accuracies + biases}
+                markdown(title, [[varied, *columns]] + [
+                    [name, *(over_seeds(cells[name,], key)[1] for key in columns)] for name in names])
+            mean = {key: [over_seeds(cells[name,], key)[0] for name in names] for key in accuracies + biases}
             markdown(f"bias against accuracy, {len(names)} strategies as points, {title}", [["", "linear", "knn"]] + [
-                [" ".join(keys), *(correlation(mean[keys], mean[of]) for of in accuracies)] for keys in biases])
-            figures.append(("bias", title, (names, mean["linear",], [mean[keys] for keys in biases[:3]])))
+                [key, *(correlation(mean[key], mean[of]) for of in accuracies)] for key in biases])
+            if np.isfinite(mean.get(f"bias {SPACES[0]} eq51", math.nan)).any():
+                figures.append(("bias", title, (names, mean["linear"], [mean[key] for key in biases[:3]])))
 
     for run in (run for run in runs if "bounds_over_epochs" in run):  # Fig. 6
         title, kept = f"bounds over epochs: {about([run])}", run["bounds_over_epochs"]
         markdown(title, [["epoch", "gap of Eq. 8, attracting", "gap of Eq. 10, repelling"]] + [
             [at["epoch"], f"{at['attract_gap']:.4f}", f"{at['repel_gap']:.4f}"] for at in kept])
         figures.append(("bounds", title, kept))
-    if not figures:
-        print("nothing to draw: no two of these runs differ only in (α, λ) or in the augmentation")
-    draw(figures, out)
+    if figures:
+        draw(figures, out)
 
 def draw(figures, out):
     """SVG files, the same bytes every time; white behind, for light and dark pages."""
@@ -1257,7 +1275,10 @@ def draw(figures, out):
     except ImportError:
         print("\nno matplotlib: no figures")
         return
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}") from None
     for number, (name, title, data) in enumerate(figures):
         figure = Figure((11 if name == "bias" else 5, 4), layout="constrained")
         figure.suptitle(title, fontsize=7, wrap=True)
@@ -1371,10 +1392,13 @@ def parse_flags(argv=None):
     given, saved = vars(parser.parse_args(argv)), {}
 
     if "report" in given:
+        if set(given) - {"report", "out"}:
+            raise UserError("--report takes directories and --out, no other flag")
         return SimpleNamespace(report=given["report"], out=given.get("out", Path("runs/report")))
     if "checkpoint" in given:
         saved = read_checkpoint(given["checkpoint"])["config"]
-        for key in set(given) & set(saved) - {"checkpoint", "data", "limit", "k", "baseline", "views", "theory_limit"}:
+        free = {"checkpoint", "data", "limit", "subset", "subset_file", "k", "baseline", "views", "theory_limit"}
+        for key in set(given) & set(saved) - free:
             if str(given[key]) != str(saved[key]) and not key.startswith("probe"):
                 raise UserError(f"{given['checkpoint']} was made with --{key.replace('_', '-')} {saved[key]}, "
                                 f"not {given[key]}")
@@ -1383,11 +1407,12 @@ def parse_flags(argv=None):
         "data": Path("data", dataset), "workers": min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         **COMMON, **RECIPES[dataset], **saved, "dataset": dataset, **given})
     cfg.data, cfg.subset_file = Path(cfg.data), cfg.subset_file and Path(cfg.subset_file)
+    cfg.eval = list(dict.fromkeys(cfg.eval))
     dropped = [part for name in cfg.drop for part in DROPPABLE[name]]
     cfg.parts = (*(part for part in RECIPES[dataset]["parts"] if part not in dropped), *cfg.add)
     if "out" not in given:  # named by the flags that make the run what it is
         named = {k: v for k, v in given.items() if k not in ("dataset", "checkpoint", *NOT_IDENTITY)}
-        named.update({"of": cfg.checkpoint.resolve().parent.name} if cfg.checkpoint else {})
+        named.update({"of": "-".join(cfg.checkpoint.resolve().with_suffix("").parts[-2:])} if cfg.checkpoint else {})
         cfg.out = Path("runs", "_".join([dataset, *(
             f"{k}={'+'.join(v) if isinstance(v, list) else v}".replace("/", "-") for k, v in named.items())]))
     check(cfg)
@@ -1402,6 +1427,8 @@ def check(cfg):
     for wrong, message in (
             (cfg.backbone not in (*known, "resnet10", "pixels"),
              f"--backbone {cfg.backbone} is none of resnet10, pixels, {', '.join(known)}"),
+            (any(not set(DROPPABLE[name]) & set(RECIPES[cfg.dataset]["parts"]) for name in cfg.drop),
+             f"--drop {' '.join(cfg.drop)}: the {cfg.dataset} recipe lacks one of these"),
             (cfg.views % 2, f"--views {cfg.views} is odd: the bias compares two halves"),
             (len(set(cfg.parts)) < len(cfg.parts), f"--add {' '.join(cfg.add)}: the recipe has that already"),
             (cfg.subset_file and (cfg.limit or cfg.subset != "full"),
@@ -1415,13 +1442,10 @@ def check(cfg):
              f"--out {cfg.out} holds files of another program or of a damaged run: choose another directory")):
         if wrong:
             raise UserError(message)
+    was = header and {**json.loads(json.dumps({**COMMON, **RECIPES[cfg.dataset]})), **header[0]["config"]}
     for key, value in public(cfg).items() if header else ():
-        if header[0]["config"].get(key, value) != value:
-            raise UserError(f"--out {cfg.out} holds a run with {key} {header[0]['config'].get(key)}, not {value}: "
-                            f"choose another directory")
-    for name in cfg.drop:
-        if not set(DROPPABLE[name]) & set(RECIPES[cfg.dataset]["parts"]) and LOCAL_RANK == 0:
-            print(f"balcon: the {cfg.dataset} recipe has no {name} to drop", file=sys.stderr)
+        if was.get(key, value) != value:
+            raise UserError(f"--out {cfg.out} holds a run with {key} {was[key]}, not {value}: choose another directory")
 
 def run(cfg):
     """Pretrain or resume, evaluate, write results.json, print the table. Returns the exit code."""
@@ -1451,26 +1475,20 @@ def run(cfg):
         encoder = Encoder(cfg.backbone, cfg.stem, cfg.projector, cfg.size)
         return encoder.to(device, memory_format=torch.channels_last)
 
-    def load(encoder, file):
-        state = read_checkpoint(file)
-        encoder.backbone.load_state_dict(state["backbone"])
-        encoder.projector.load_state_dict(state["projector"])
-        return encoder
-
     def save():
         if lead:
-            save_atomically(path, json.dumps({**results, "environment": environment()}, indent=1) + "\n")
+            text = json.dumps({**results, "environment": environment()})
+            finite = json.loads(text, parse_constant=lambda _: None)  # JSON has no nan
+            save_atomically(path, json.dumps(finite, indent=1) + "\n")
 
     class_counts = labeled.labels.bincount(minlength=len(train.classes)).tolist()
     encoder, lead, path = new_encoder(), rank() == 0, cfg.out / "results.json"
     if cfg.checkpoint:
-        try:
-            load(encoder, cfg.checkpoint)
-        except RuntimeError as error:
-            raise UserError(f"{cfg.checkpoint} does not fit: {str(error).splitlines()[-1].strip()}") from None
+        load_weights(encoder, cfg.checkpoint)
     if lead:
         print(f"balcon: {cfg.dataset}, {len(train.labels)} training and {len(test.labels)} test images, "
-              f"{cfg.backbone}, {cfg.loss} loss (α={cfg.alpha:g}, λ={cfg.lam:g}), {cfg.epochs} epochs -> {cfg.out}",
+              f"{cfg.backbone}, {cfg.loss} loss (α={cfg.alpha:g}, λ={cfg.lam:g}), "
+              f"{cfg.checkpoint or f'{cfg.epochs} epochs'} -> {cfg.out}",
               flush=True)
         spread = class_counts if len(class_counts) <= 10 else f"{min(class_counts)} to {max(class_counts)}"
         print(f"balcon: labelled training images per class: {spread}", flush=True)
@@ -1482,7 +1500,10 @@ def run(cfg):
     # Figures of the trained backbone stand in results.json under their names, those of the untrained
     # one beside it with a prefix; with --epochs 0 there is only the untrained one, without prefix.
     results = {"config": public(cfg), "seed": cfg.seed, "class_counts": class_counts}
-    results = {"seconds": 0.0, **(json.loads(path.read_text()) if path.exists() else {}), **results}
+    try:
+        results = {"seconds": 0.0, **(json.loads(path.read_text()) if path.exists() else {}), **results}
+    except ValueError:
+        raise UserError(f"{path} is damaged: remove it, and the evaluations are made again") from None
     stages = {"untrained_": "untrained", "": "trained"} if cfg.baseline else {"": "trained"}
     stages = stages if cfg.epochs else {"": "untrained"}
     missing = [(stage, name) for name in cfg.eval for stage in stages if stage + name not in results]
@@ -1493,10 +1514,11 @@ def run(cfg):
     for stage, name in missing:
         results[stage + name] = EVALUATIONS[name](new_encoder() if stage else encoder, labeled, test, cfg)
         save()  # each time: on ImageNet an evaluation takes hours
-    kept = [] if cfg.checkpoint or "bounds" not in cfg.eval else sorted(cfg.out.glob("epoch*.pt"))
-    if kept and "bounds_over_epochs" not in results:
-        results["bounds_over_epochs"] = [
-            {"epoch": int(file.stem[5:]), **bounds(load(new_encoder(), file), labeled, test, cfg)} for file in kept]
+    kept = sorted(cfg.out.glob("epoch[0-9]*.pt")) if "bounds" in cfg.eval and not cfg.checkpoint else []
+    for file in kept[len(results.get("bounds_over_epochs", [])):]:
+        load_weights(encoder, file)
+        results.setdefault("bounds_over_epochs", []).append(
+            {"epoch": int(file.stem[5:]), **bounds(encoder, labeled, test, cfg)})
         save()
     if not path.exists():
         save()
@@ -1504,11 +1526,14 @@ def run(cfg):
         dist.destroy_process_group()
     if not lead:
         return 0
-    print_table([[f"top-1 in %, kNN of k={min(cfg.k, len(labeled.labels))}; theory", *stages.values()]] + [
-        row for name in cfg.eval for row in rows_of(name, [results[stage + name] for stage in stages])])
+    columns = {title: flat({name: results[stage + name] for name in cfg.eval}) for stage, title in stages.items()}
+    markdown(f"top-1 in % on {len(test.labels)} test images (kNN of k={min(cfg.k, len(labeled.labels))}), and theory", [
+        ["", *columns]] + [[name, *("–" if of.get(name) is None else f"{of[name]:.4g}" for of in columns.values())]
+                           for name in next(iter(columns.values()))
+                           if not name.endswith(("_se", "_sd", "_lhs", "_rhs", "_b", "_pairs"))])  # in results.json
     if over_epochs := results.get("bounds_over_epochs"):
-        print_table([["epoch", "gap of Eq. 8", "gap of Eq. 10"]] + [
-            [row["epoch"], row["attract_gap"], row["repel_gap"]] for row in over_epochs])
+        markdown("bounds over epochs", [["epoch", "gap of Eq. 8", "gap of Eq. 10"]] + [
+            [row["epoch"], f"{row['attract_gap']:.4g}", f"{row['repel_gap']:.4g}"] for row in over_epochs])
     recipe = {**COMMON, **RECIPES["patterns"], "dataset": "patterns", "seed": cfg.seed, "eval": cfg.eval}
     if "knn" not in cfg.eval or any(getattr(cfg, key) != recipe[key] for key in recipe):
         return 0
@@ -1516,17 +1541,6 @@ def run(cfg):
     print(f"kNN error: {error:.1f} % trained, {untrained:.1f} % untrained: " +
           ("it learned." if error < untrained / 4 else "FAILED, it should be less than a quarter."))
     return 0 if error < untrained / 4 else 1
-
-def rows_of(name, values):
-    """Rows of a table for the same metric of several networks: a number each, or a tree of numbers each."""
-    if not isinstance(values[0], dict):
-        return [[name, *values]]
-    return [row for key in values[0] for row in rows_of(f"{name} {key}", [value[key] for value in values])
-            if not key.endswith(("_se", "_sd", "_lhs", "_rhs", "_b", "_pairs"))]  # results.json has them
-
-def print_table(rows):
-    for first, *values in rows:
-        print(f"{first:<44}" + "".join(f"{x:>14.4g}" if isinstance(x, float) else f"{x:>14}" for x in values))
 
 def main(argv=None):
     try:

@@ -777,6 +777,8 @@ BAD = {
     "--limit 100 --batch-size 128": "--batch-size", "--backbone pixels": "--epochs 0", "--frobnicate": "frobnicate",
     "--dataset folder --data nowhere": "nowhere", "--dataset cifar10 --data empty": "empty",
     "--checkpoint missing.pt": "missing.pt", "--checkpoint README": "README", "--out README": "README",
+    "--dataset cifar10 --drop gaussian_blur": "gaussian_blur", "--dataset imagenet --add gaussian_blur": "gaussian_blur",
+    "--report flat": "results.json", "--report flat --alpha 2": "--report",
     "--dataset folder --data hollow": "cat", "--dataset folder --data flat": "class folder",
     "--dataset folder --data foreign": "class cat",
     "--dataset cifar10 --data mixed": "big.png",
@@ -792,7 +794,8 @@ def troubles(tmp_path_factory):
     picture = Image.new("RGB", (32, 32), "red")
     (root / "flat" / "train").mkdir(parents=True)
     for place in ("hollow/train/dog", "hollow/train/cat", "hollow/val/dog", "foreign/train/cat", "foreign/val/dog",
-                  "mixed/train/cat", "mixed/test/cat", "broken/train/cat", "broken/val/cat"):
+                  "mixed/train/cat", "mixed/test/cat", "broken/train/cat", "broken/val/cat",
+                  "broken/train/dog", "broken/val/dog"):
         (root / place).mkdir(parents=True)
         if place != "hollow/train/cat":
             picture.save(root / place / "a.png")
@@ -985,6 +988,23 @@ def test_eq16_is_unbiased_where_the_plain_estimate_is_not():
         assert np.mean(reported) == pytest.approx(np.std(estimates), rel=.25)
 
 
+def test_eq16_of_nothing_but_noise_says_so():
+    halves = torch.randn(200, 2, 30, generator=torch.Generator().manual_seed(0))
+    bias, error = balcon.eq16(halves, torch.arange(200) % 4)
+    assert 0 <= bias < 1.5 and bias < 10 * error < 20  # the views are 5.5 long, half the mean of two
+
+
+def test_collapse_is_measured_without_an_exception(tmp_path):
+    vectors, labels = clustered((8, 8, 8), 30, seed=0)
+    data = pictures(vectors, (labels - 3) // 2)
+    for constant in (0.0, 1.0):  # all projections are zero, or the same
+        projector = torch.nn.Linear(12, 5)
+        projector.weight.data.zero_()
+        projector.bias.data.fill_(constant)
+        for word in ("bias", "bounds", "assumptions", "repulsion", "nscl"):
+            assert balcon.EVALUATIONS[word](stub(projector), data, data, settings(probe_epochs=1))
+
+
 def shown(vectors):
     """{what the backbone saw: (image, flipped)}."""
     images = torch.as_tensor(vectors).round().clamp(-127, 127).view(-1, 3, 2, 2)
@@ -1017,7 +1037,7 @@ def test_bias_is_its_equations(sizes, theory_limit):
         expected = {"eq51": np.mean(distance), "eq51_se": np.std(distance, ddof=1) / math.sqrt(N)}
         expected["eq16"], expected["eq16_se"] = extrapolated(halves, y)
         got = found[space]
-        assert got["eq16_se"] == pytest.approx(expected.pop("eq16_se"), rel=.08)  # two first-order errors
+        assert got["eq16_se"] == pytest.approx(expected.pop("eq16_se"), rel=.08 if N > 20 else .5)  # both first-order
         assert {key: got[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
         assert [got[f"{eq}_relative"] * got["random_pairs"] for eq in ("eq51", "eq16")] == pytest.approx(
             [got["eq51"], got["eq16"]])
@@ -1214,7 +1234,6 @@ def test_repulsion_is_the_softmax_and_the_gradient():
         got = found[f"alpha_{alpha:g}"]
         assert {key: got[key] for key in shares} == pytest.approx(shares, rel=1e-4)
         assert got["same_class_times_lam"] == pytest.approx(lam * shares["same_class"], rel=1e-4)
-        assert got["ntxent_positive_times_lam"] == pytest.approx(lam * shares["ntxent_positive"], rel=1e-4)
         # (g): d loss / d z = (G + Gᵀ) z with G = d loss / d s, summed over pairs of a kind
         for loss, own, positive in ((balcon.balanced_contrastive_loss, "same_class", 0.0),
                                     (balcon.generalized_nt_xent_loss, "ntxent_same_class", shares["ntxent_positive"])):
@@ -1496,7 +1515,7 @@ def tables(text):
     found = {}
     for block in re.findall(r"(.+)\n\n((?:\|.*\n)+)", text):
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block[1].splitlines()]
-        assert len({len(row) for row in rows}) == 1 and set(rows.pop(1)) == {"---"}
+        assert len({len(row) for row in rows}) == 1 and set("".join(rows.pop(1))) == {"-"}
         found.setdefault(block[0], []).append(rows)
     return found
 
@@ -1539,6 +1558,22 @@ def test_report_strategies_similarities_and_subsets(tmp_path, capsys):
     expected = f"r = {r:.2f} [{low:.2f}, {high:.2f}], ρ = {statistics.correlation(*ranks):.2f}"
     assert ["bias features eq51", expected] == next(row for row in by[""] if row[0] == "bias features eq51")[:2]
     assert any(row[0] == "bias features eq16_relative" and row[1].startswith(f"r = {-r:.2f}") for row in by[""])
+
+
+def test_report_keeps_epochs_apart_and_refuses_two_answers(tmp_path, capsys):
+    put_results(tmp_path / "run", linear=40.0)
+    put_results(tmp_path / "other", linear=41.0, lam=1.0)
+    put_results(tmp_path / "early", linear=20.0, checkpoint="runs/run/epoch0010.pt")
+    put_results(tmp_path / "end", knn=30.0, checkpoint="runs/run/last.pt")  # the same network, another word
+    balcon.report([tmp_path], tmp_path / "figures")
+    found = tables(capsys.readouterr().out)
+    (grid,), = [rows for title, rows in found.items() if "linear accuracy" in title]
+    assert grid == [["", "λ = 1", "λ = 4"], ["α = 2", "**41.00**", "40.00"]]
+    assert sorted(row[-4:] for row in found["all runs"][0][1:]) == [
+        ["epoch0010", "1", "20.00", "–"], ["last", "1", "40.00", "30.00"], ["last", "1", "41.00", "–"]]
+    put_results(tmp_path / "again", linear=40.5)
+    with pytest.raises(balcon.UserError, match="the same configuration and seed"):
+        balcon.report([tmp_path], tmp_path / "figures")
 
 
 def test_report_bounds_and_figures(tmp_path, capsys, monkeypatch):
