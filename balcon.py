@@ -1528,12 +1528,12 @@ def run(cfg):
         return 0
     columns = {title: flat({name: results[stage + name] for name in cfg.eval}) for stage, title in stages.items()}
     markdown(f"top-1 in % on {len(test.labels)} test images (kNN of k={min(cfg.k, len(labeled.labels))}), and theory", [
-        ["", *columns]] + [[name, *("–" if of.get(name) is None else f"{of[name]:.4g}" for of in columns.values())]
+        ["", *columns]] + [[name, *("–" if of.get(name) is None else f"{of[name]:#.4g}" for of in columns.values())]
                            for name in next(iter(columns.values()))
                            if not name.endswith(("_se", "_sd", "_lhs", "_rhs", "_b", "_pairs"))])  # in results.json
     if over_epochs := results.get("bounds_over_epochs"):
         markdown("bounds over epochs", [["epoch", "gap of Eq. 8", "gap of Eq. 10"]] + [
-            [row["epoch"], f"{row['attract_gap']:.4g}", f"{row['repel_gap']:.4g}"] for row in over_epochs])
+            [row["epoch"], f"{row['attract_gap']:#.4g}", f"{row['repel_gap']:#.4g}"] for row in over_epochs])
     recipe = {**COMMON, **RECIPES["patterns"], "dataset": "patterns", "seed": cfg.seed, "eval": cfg.eval}
     if "knn" not in cfg.eval or any(getattr(cfg, key) != recipe[key] for key in recipe):
         return 0

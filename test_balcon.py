@@ -650,7 +650,7 @@ def test_end_to_end_again_and_on_two_processes(tmp_path):
     assert {"git", "versions", "hardware", "world_size"} <= set(header) and found["config"] == header["config"]
     assert all(0 <= found[name] <= 100 for name in MEASURED) and found["seconds"] > 0
     assert sorted(os.listdir(tmp_path / "one")) == ["last.pt", "log.jsonl", "results.json"]
-    assert re.search(r"untrained +trained", done.stdout) and f"{found['knn']:.2f}" in done.stdout
+    assert re.search(r"untrained +\| trained", done.stdout) and f"{found['knn']:#.4g}" in done.stdout
 
     before = {f.name: f.read_bytes() for f in (tmp_path / "one").iterdir()}
     again = cli(*TINY, "--out", tmp_path / "one")  # finished: not run again
