@@ -1371,7 +1371,7 @@ def parse_flags(argv=None):
     flag("--backbone", metavar="NAME", help="resnet10, any ResNet of torchvision, or pixels (none)")
     flag("--stem", choices=("cifar", "imagenet"), help="cifar: 3×3, no stride, no pooling")
     flag("--seed", type=bounded(int, 0), help="default: 0")
-    flag("--limit", type=bounded(int, 1), metavar="N", help="use N training images, class-balanced; the size of --subset")
+    flag("--limit", type=bounded(int, 1), metavar="N", help="use N training images: class-balanced, or of --subset")
     flag("--subset", choices=("full", "lt", "uni"), help="long-tailed as ImageNet-LT, or uniform of the same size")
     flag("--subset-file", type=Path, metavar="FILE", help="train on the images listed there, one <class>/<file> a line")
     flag("--save-every", type=bounded(int, 1), metavar="N", help="keep a checkpoint of every Nth epoch as well")
