@@ -1209,6 +1209,13 @@ def markdown(title, rows):
         for row in (rows[0], ["-" * width for width in widths], *rows[1:]):
             print("| " + " | ".join(row) + " |")
 
+def number(x):
+    return "–" if x is None else f"{x:#.4g}"
+
+def bounds_table(title, kept):
+    markdown(title, [["epoch", "gap of Eq. 8, attracting", "gap of Eq. 10, repelling"]] + [
+        [at["epoch"], number(at["attract_gap"]), number(at["repel_gap"])] for at in kept])
+
 def report(dirs, out):
     """Print Markdown tables that compare finished runs; with matplotlib, draw them as SVG into `out`.
 
@@ -1260,10 +1267,9 @@ def report(dirs, out):
                 figures.append(("bias", title, (names, mean["linear"], [mean[key] for key in biases[:3]])))
 
     for run in (run for run in runs if "bounds_over_epochs" in run):  # Fig. 6
-        title, kept = f"bounds over epochs: {about([run])}", run["bounds_over_epochs"]
-        markdown(title, [["epoch", "gap of Eq. 8, attracting", "gap of Eq. 10, repelling"]] + [
-            [at["epoch"], f"{at['attract_gap']:.4f}", f"{at['repel_gap']:.4f}"] for at in kept])
-        figures.append(("bounds", title, kept))
+        title = f"bounds over epochs: {about([run])}"
+        bounds_table(title, run["bounds_over_epochs"])
+        figures.append(("bounds", title, run["bounds_over_epochs"]))
     if figures:
         draw(figures, out)
 
@@ -1528,12 +1534,10 @@ def run(cfg):
         return 0
     columns = {title: flat({name: results[stage + name] for name in cfg.eval}) for stage, title in stages.items()}
     markdown(f"top-1 in % on {len(test.labels)} test images (kNN of k={min(cfg.k, len(labeled.labels))}), and theory", [
-        ["", *columns]] + [[name, *("–" if of.get(name) is None else f"{of[name]:#.4g}" for of in columns.values())]
+        ["", *columns]] + [[name, *(number(of.get(name)) for of in columns.values())]
                            for name in next(iter(columns.values()))
                            if not name.endswith(("_se", "_sd", "_lhs", "_rhs", "_b", "_pairs"))])  # in results.json
-    if over_epochs := results.get("bounds_over_epochs"):
-        markdown("bounds over epochs", [["epoch", "gap of Eq. 8", "gap of Eq. 10"]] + [
-            [row["epoch"], f"{row['attract_gap']:#.4g}", f"{row['repel_gap']:#.4g}"] for row in over_epochs])
+    bounds_table("bounds over epochs", results.get("bounds_over_epochs", []))
     recipe = {**COMMON, **RECIPES["patterns"], "dataset": "patterns", "seed": cfg.seed, "eval": cfg.eval}
     if "knn" not in cfg.eval or any(getattr(cfg, key) != recipe[key] for key in recipe):
         return 0

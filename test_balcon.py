@@ -1584,7 +1584,7 @@ def test_report_bounds_and_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     balcon.report([tmp_path / "runs"], tmp_path / "figures")
     text = capsys.readouterr().out
-    assert [["0", "0.5000", "2.0000"], ["10", "0.0455", "2.0000"]] in [
+    assert [["0", "0.5000", "2.000"], ["10", "0.04545", "2.000"]] in [
         rows[1:] for of in tables(text).values() for rows in of]
     assert "no matplotlib: no figures" in text and not (tmp_path / "figures").exists()
     monkeypatch.undo()
