@@ -1466,7 +1466,8 @@ def run(cfg):
         train, test = load_data(cfg, device)
         if cfg.epochs and not cfg.checkpoint and len(train.labels) < cfg.batch_size:
             raise UserError(f"--batch-size {cfg.batch_size} is more than the {len(train.labels)} training images")
-        labeled = train.select((train.labels >= 0).nonzero().squeeze(1))  # STL-10 has images without a label
+        has_label = train.labels >= 0  # not all of STL-10's images have one
+        labeled = train if has_label.all() else train.select(has_label.nonzero().squeeze(1))
         if cfg.eval and len(labeled.labels.unique()) < 2:
             raise UserError(f"--eval {' '.join(cfg.eval)} needs training images with labels of at least two classes")
         if set(cfg.eval) - {"knn", "linear"}:
@@ -1494,8 +1495,7 @@ def run(cfg):
     if lead:
         print(f"balcon: {cfg.dataset}, {len(train.labels)} training and {len(test.labels)} test images, "
               f"{cfg.backbone}, {cfg.loss} loss (α={cfg.alpha:g}, λ={cfg.lam:g}), "
-              f"{cfg.checkpoint or f'{cfg.epochs} epochs'} -> {cfg.out}",
-              flush=True)
+              f"{cfg.checkpoint or f'{cfg.epochs} epochs'} -> {cfg.out}", flush=True)
         spread = class_counts if len(class_counts) <= 10 else f"{min(class_counts)} to {max(class_counts)}"
         print(f"balcon: labelled training images per class: {spread}", flush=True)
         try:
