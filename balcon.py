@@ -1003,8 +1003,8 @@ def theorem_sides(anchor, mean_view, bank, labels, alpha):
     anchor, bank: [N, d], one view of each image, drawn apart; mean_view: [N, d], E f(T(x)); labels: [N].
     repel_b is B = (1/α) log Σ_y E[exp(α s)|y], Eq. 46: with balanced classes Eq. 10's right side times ν, but
     that each image of the bank has its own t′, so E_T′ is inside the log (by Jensen, no less than outside).
-    The paper bounds the left side by B/ν. Its proof divides by ν ≤ 1 (Eq. 38), which needs B ≥ 0; where
-    B < 0 the left side is at most B, so max(B, B/ν) always holds.
+    The paper bounds the left side by B/ν. Its proof divides by ν ≤ 1 (Eq. 38), which needs B ≥ 0, as it is for
+    α ≤ log C: s ≥ −1. Where B < 0 the left side is at most B, so max(B, B/ν) always holds.
     """
     counts, prototypes = labels.bincount(), class_means(bank, labels)  # [C], [C, d]
     own = labels[:, None] == torch.arange(len(counts), device=labels.device)  # [N, C]

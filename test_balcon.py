@@ -1132,6 +1132,7 @@ def test_theorems_hold_under_their_conditions_and_only_there():
         assumed, condition = (anchor * views.mean(0)).sum(1) >= 0, side["repel_b"] >= 0
         assert (attract[assumed] > -1e-9).all() and (repel[condition] > -1e-9).all()
         assert (torch.maximum(side["repel_b"], side["repel_rhs"]) - side["repel_lhs"] > -1e-9).all()
+        assert (side["repel_b"] >= math.log(labels.max() + 1) / alpha - 1 - 1e-9).all()  # so α ≤ log C is enough
         kept["4.4"] += int(assumed.sum())
         kept["4.6"] += int(condition.sum())
         kept["4.4 without"] += int((attract < -1e-6).sum())
