@@ -1264,7 +1264,7 @@ def report(dirs, out):
             markdown(f"bias against accuracy, {len(names)} strategies as points, {title}", [["", "linear", "knn"]] + [
                 [key, *(correlation(mean[key], mean[of]) for of in accuracies)] for key in biases])
             if np.isfinite(mean.get(f"bias {SPACES[0]} eq51", math.nan)).any():
-                figures.append(("bias", title, (names, mean["linear"], [mean[key] for key in biases[:3]])))
+                figures.append(("bias", title, (names, mean["linear"], {key: mean[key] for key in biases[:6]})))
 
     for run in (run for run in runs if "bounds_over_epochs" in run):  # Fig. 6
         title = f"bounds over epochs: {about([run])}"
@@ -1286,7 +1286,7 @@ def draw(figures, out):
     except OSError as error:
         raise UserError(f"--out {out} cannot be made: {error.strerror}") from None
     for number, (name, title, data) in enumerate(figures):
-        figure = Figure((11 if name == "bias" else 5, 4), layout="constrained")
+        figure = Figure((12, 7) if name == "bias" else (5, 4), layout="constrained")
         figure.suptitle(title, fontsize=7, wrap=True)
         if name == "bounds":
             axes = figure.subplots()
@@ -1296,8 +1296,9 @@ def draw(figures, out):
             axes.legend()
         elif name == "bias":
             names, accuracy, biases = data
-            for axes, space, bias in zip(figure.subplots(1, 3, sharey=True), SPACES, biases):
-                axes.set(xlabel=f"bias (Eq. 51), {space}", ylabel="linear accuracy (%)")
+            for axes, (key, bias) in zip(figure.subplots(2, 3, sharey=True).flat, biases.items()):
+                axes.set(xlabel=key, ylabel="linear accuracy (%)")
+                axes.margins(0.12)
                 axes.scatter(bias, accuracy)
                 for label, *point in zip(names, bias, accuracy):
                     axes.annotate(label, point, (0, 5), textcoords="offset points", fontsize=7,
