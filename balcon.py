@@ -1312,7 +1312,7 @@ def draw(figures, out):
                 axes.text(column, row, f"{mean:.2f}" if np.isfinite(mean) else "–", ha="center", fontweight="bold",
                           color="white" if mean > (np.nanmin(means) + np.nanmax(means)) / 2 else "black")
         path = out / f"{number:02}_{name}.svg"
-        with matplotlib.rc_context({"svg.hashsalt": "balcon"}):
+        with matplotlib.rc_context({"svg.hashsalt": "balcon", "svg.fonttype": "none"}):
             figure.savefig(path, metadata={"Date": None})
         print(path)
 
