@@ -1046,6 +1046,21 @@ def test_bias_is_its_equations(sizes, theory_limit):
             assert got["random_pairs"] == pytest.approx(np.mean(pairs), rel=.06) and got["eq51"] < .8 * np.mean(pairs)
 
 
+def test_selected_rows_get_the_same_t(tmp_path):
+    """Copies of one picture: if a row's t does not depend on which image it holds, selections look alike."""
+    pixels = torch.randint(256, (40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for i in range(4):
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
+    views = balcon.Views(("crop", "color_jitter", "flip"), 40, (0.2, 1.0))
+    labels, rows = torch.arange(4) % 2, torch.tensor([2, 3, 0, 1])
+    for data in (balcon.InMemory(pixels.permute(2, 0, 1).repeat(4, 1, 1, 1), labels, ["a", "b"], CPU),
+                 balcon.OnDisk([str(tmp_path / f"{i}.png") for i in range(4)], labels, ["a", "b"], CPU, 40, 0)):
+        x, other = (next(iter(of.batches([(0, torch.arange(4))], views, 2, ("key",))))[0]
+                    for of in (data, data.select(rows)))
+        assert torch.equal(x, other) and not torch.equal(x[0], x[1])
+    assert data.select(rows).paths.tolist() == [str(tmp_path / f"{i}.png") for i in rows]
+
+
 def test_bias_of_a_known_view_offset():
     """Pairs of images s ± a, where a flip only turns a round: the same t leaves Eq. 51 without a, and E_T too."""
     g = torch.Generator().manual_seed(0)
