@@ -30,16 +30,19 @@ Map, in the order of use:
     command line   the recipes, all defaults in one table
 """
 import argparse
+import contextlib
 import copy
 import hashlib
 import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +53,11 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+
+try:
+    import fcntl
+except ImportError:  # Windows: a run directory is not locked there
+    fcntl = None
 
 
 # ------------------------------------------ losses ---------------------------------------------
@@ -78,8 +86,8 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_
         raise ValueError(f"z1 and z2 must both be [m, d], not {[*z1.shape]} and {[*z2.shape]}")
     if similarity not in ("cosine", "dot", "euclidean"):
         raise ValueError(f"similarity must be cosine, dot or euclidean, not {similarity!r}")
-    if not alpha > 0:
-        raise ValueError(f"alpha must be positive, not {alpha}")
+    if not (alpha > 0 and lam >= 0):
+        raise ValueError(f"alpha must be positive and lam not negative: got {alpha} and {lam}")
     distributed = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     m = len(z1)
@@ -324,7 +332,13 @@ ADDABLE = ("random_cutout", "random_rotation", "gaussian_noise", "gaussian_blur"
 
 # ------------------------------------------ data -----------------------------------------------
 class UserError(Exception):
-    """What a user can cause and mend: one sentence, exit code 2."""
+    """What a user can cause and mend: one sentence, exit code 2. All ranks of a machine see it, one says it."""
+
+class ImageError(UserError):
+    """One that only the rank with that image sees."""
+
+class Stopped(Exception):
+    """A signal asked for an end, and the state is saved."""
 
 def rng(*key):
     """A CPU generator that is a pure function of its key, so no generator state is ever saved."""
@@ -375,7 +389,8 @@ class OnDisk(torch.utils.data.Dataset):
         rows_of_rank = ([(number, row) for row in (rows[share(len(rows))] if shared else rows).tolist()]
                         for number, rows in order)
         loader = torch.utils.data.DataLoader(
-            reader, batch_sampler=rows_of_rank, num_workers=self.workers, pin_memory=self.device.type == "cuda")
+            reader, batch_sampler=rows_of_rank, num_workers=self.workers, worker_init_fn=leave_process_group,
+            pin_memory=self.device.type == "cuda")
         for crops, t, labels in loader:  # [b, n, 3, S, S] uint8, {part: [b, n, ...]}, [b]
             x = crops.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
             t = {part: value.transpose(0, 1).flatten(0, 1) for part, value in t.items()}
@@ -395,12 +410,19 @@ class OnDisk(torch.utils.data.Dataset):
                  for top, left, h, w in boxes]  # antialiased
         return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), t, self.labels[row]
 
+def leave_process_group(worker):
+    """Ctrl-C and torchrun signal a whole group: decoding goes on while the main process saves and stops."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
+
 def read_image(path):
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits of grey: Pillow's conversion would cut at 255
+                image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
     except Exception as error:  # Pillow raises many kinds on corrupt files
-        raise UserError(f"cannot read the image {path}: {error}") from None
+        raise ImageError(f"cannot read the image {path}: {error}") from None
 
 def load_data(cfg, device):
     """[training images, test images] of cfg.dataset in cfg.data; the README shows the layouts.
@@ -491,7 +513,7 @@ def decode_all(paths, size):
     for row, path in enumerate(paths):
         image = read_image(path)
         if image.size != (size, size):
-            raise UserError(f"{path} is {image.width}×{image.height}, the other images of this data set are "
+            raise ImageError(f"{path} is {image.width}×{image.height}, the other images of this data set are "
                             f"{size}×{size}; --dataset folder takes any size")
         pixels[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return pixels
@@ -680,21 +702,17 @@ def cosine_lr(peak, step, total):
 def autocast(device):
     return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
 
-SAVE_SECONDS = 600  # a checkpoint is written at the end of each epoch, and in long ones this often
+def pretrain(encoder, data, cfg, asked=()):
+    """Train `encoder` by SGD, continuing from last.pt in cfg.out if it is there. Returns the seconds taken.
 
-def pretrain(encoder, data, cfg):
-    """Train `encoder` by SGD, continuing from last.pt in cfg.out if it is there. Returns the seconds taken."""
-    m, per_epoch = cfg.batch_size, len(data.labels) // cfg.batch_size
-    total, first, seconds, last = cfg.epochs * per_epoch, 0, 0.0, cfg.out / "last.pt"
+    Saves after each epoch, every cfg.save_every_minutes, and when `asked` holds a signal that asks for an end.
+    """
+    m, per_epoch, images = cfg.batch_size, len(data.labels) // cfg.batch_size, fingerprint(data)
+    total, collapsed = cfg.epochs * per_epoch, False
     model = distribute(encoder, data.device)
     model = torch.compile(model) if cfg.compile else model
     optimizer = torch.optim.SGD(encoder.parameters(), cfg.lr, momentum=0.9, weight_decay=1e-4)
-    if last.exists():
-        state = load_weights(encoder, last)
-        optimizer.load_state_dict(state["optimizer"])
-        first, seconds = state["step"], state["seconds"]
-    if (torch.stack(gather(torch.tensor([first], device=data.device))) != first).any():
-        raise UserError(f"the processes do not see the same {last}: --out must be on a disk that all share")
+    first, seconds = resume(encoder, optimizer, images, cfg)
     if rank() == 0 and first < total:
         log = open_log(cfg, first)
     floor = loss_floor(m, cfg.alpha, cfg.lam, repel_positive=cfg.loss == "ntxent")
@@ -708,7 +726,7 @@ def pretrain(encoder, data, cfg):
 
     def snapshot(**more):
         return {"backbone": encoder.backbone.state_dict(), "projector": encoder.projector.state_dict(),
-                "step": step, "config": public(cfg), **more}
+                "step": step, "config": public(cfg), "images": images, **more}
 
     step = first
     if cfg.save_every and rank() == 0 and first == 0:
@@ -731,44 +749,117 @@ def pretrain(encoder, data, cfg):
         if step % 10 and step % per_epoch:
             continue
 
-        loss = torch.stack(gather(loss.detach())).mean().item()
+        # All ranks know the same here, so they go on or end together.
+        report = torch.stack(gather(torch.stack([loss.detach(), loss.new_tensor(float(len(asked)))])))
+        loss, stopping = report.mean(0).tolist()
         if not math.isfinite(loss) or not nn.utils.get_total_norm(encoder.parameters()).isfinite():
-            raise UserError(f"the loss is {loss} at step {step}: lower --lr; what {cfg.out} holds is from before")
-        if rank() > 0:
-            continue
-        now = time.perf_counter()
-        above = loss - floor if cfg.similarity == "cosine" else None
-        speed, left = (step - logged[0]) * m / (now - logged[1]), (now - started) / (step - first) * (total - step)
-        logged = step, now
-        line = {"step": step, "epoch": step / per_epoch, "loss": loss, "above_floor": above, "lr": lr}
-        log.write(json.dumps({**line, "images_per_second": round(speed, 1)}) + "\n")
-        log.flush()
-        if sys.stderr.isatty():
-            gap = "" if above is None else f" ({above:.4f} above its floor)"
-            print(f"\repoch {step / per_epoch:.1f}/{cfg.epochs}  loss {loss:.4f}{gap}  lr {lr:.4f}  "
-                  f"{speed:.0f} images/s  {left / 60:.0f} min left  ",
-                  end="" if step < total else "\n", file=sys.stderr, flush=True)
-        if step % per_epoch == 0 or now - saved > SAVE_SECONDS:
-            saved, epoch = now, step // per_epoch
-            if cfg.save_every and step % per_epoch == 0 and epoch % cfg.save_every == 0:  # kept for --eval bounds
-                save_atomically(cfg.out / f"epoch{epoch:04d}.pt", snapshot())
-            save_atomically(last, snapshot(optimizer=optimizer.state_dict(), seconds=seconds + now - started))
+            what = "weights are not finite" if math.isfinite(loss) else f"loss is {loss}"
+            raise UserError(f"the {what} at step {step}: the steps are too long, so lower --lr (gradients grow with "
+                            f"--lam, and without limit under dot and euclidean); {cfg.out} holds what was before")
+        z = F.normalize(torch.cat(gather(z1.detach().float())), dim=1)  # [m, d]
+        if not collapsed and z.var(0, correction=0).sum() < 1e-3:  # 1 if spread out, 0 if all are equal, or zero
+            collapsed = True
+            if rank() == 0:
+                print(f"balcon: collapse: at step {step} the projections of all images are equal. Lower --lr or --lam "
+                      f"(now {cfg.lam:g}), or raise it if it is far below 1", file=sys.stderr)
+        if rank() == 0:
+            now = time.perf_counter()
+            above = loss - floor if cfg.similarity == "cosine" else None
+            speed, left = (step - logged[0]) * m / (now - logged[1]), (now - started) / (step - first) * (total - step)
+            logged = step, now
+            line = {"step": step, "epoch": step / per_epoch, "loss": loss, "above_floor": above, "lr": lr}
+            log.write(json.dumps({**line, "images_per_second": round(speed, 1)}) + "\n")
+            log.flush()
+            if sys.stderr.isatty():
+                gap = "" if above is None else f" ({above:.4f} above its floor)"
+                print(f"\repoch {step / per_epoch:.1f}/{cfg.epochs}  loss {loss:.4f}{gap}  lr {lr:.4f}  "
+                      f"{speed:.0f} images/s  {left / 60:.0f} min left  ",
+                      end="" if step < total else "\n", file=sys.stderr, flush=True)
+            if step % per_epoch == 0 or stopping or now - saved > 60 * cfg.save_every_minutes:
+                saved, epoch = now, step // per_epoch
+                if cfg.save_every and step % per_epoch == 0 and epoch % cfg.save_every == 0:  # kept for --eval bounds
+                    save_atomically(cfg.out / f"epoch{epoch:04d}.pt", snapshot())
+                state = snapshot(optimizer=optimizer.state_dict(), seconds=seconds + now - started)
+                save_atomically(cfg.out / "last.pt", state, before=cfg.out / "previous.pt")
+        if stopping:
+            barrier()  # until rank 0 has saved
+            raise Stopped(f"stopped by a signal and saved at step {step} of {total}: the same command goes on")
     return seconds + time.perf_counter() - started
 
-def save_atomically(path, value):
-    """Text, or what torch.save takes. A kill or a full disk leaves the old file whole."""
+def resume(encoder, optimizer, images, cfg):
+    """(steps done, seconds taken) of last.pt, or where that is missing or damaged of the checkpoint before it."""
+    last, before = cfg.out / "last.pt", cfg.out / "previous.pt"
+    path, damage, state = last if last.exists() else before, None, {"step": 0, "seconds": 0.0}
+    if path.exists():
+        try:
+            state = load_weights(encoder, path)
+        except UserError as error:
+            if path == before or not before.exists():
+                raise
+            path, damage, state = before, error, load_weights(encoder, before)
+        refuse_another(state["config"], cfg)
+        if state.get("images", images) != images:
+            raise UserError(f"{path} was trained on other images than {cfg.data} has now: choose another --out")
+        optimizer.load_state_dict(state["optimizer"])
+    first = torch.tensor([state["step"]], device=next(encoder.parameters()).device)
+    if (torch.stack(gather(first)) != first).any():
+        raise UserError(f"the processes do not see the same {last}: --out must be on a disk that all share")
+    if damage and rank() == 0:
+        print(f"balcon: {damage}. Going on from {before}", file=sys.stderr)
+        os.replace(last, cfg.out / "last.pt.damaged")
+    return state["step"], state["seconds"]
+
+def fingerprint(data):
+    """Which images these are: a resumed run must see the same ones."""
+    names = data.paths.tolist() if isinstance(data, OnDisk) else []
+    digest = hashlib.blake2b("\n".join("/".join(Path(name).parts[-2:]) for name in names).encode("utf8", "replace"))
+    for tensor in (data.labels, *([] if names else [data.pixels])):
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+@contextlib.contextmanager
+def end_on_request():
+    """A list that SIGTERM or Ctrl-C adds to instead of ending the process; a second one ends it at once."""
+    asked = []
+
+    def note(number, frame):
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+def save_atomically(path, value, before=None):
+    """Text, or what torch.save takes. A kill or a full disk leaves the old file whole; it moves to `before`."""
     draft = path.with_name(path.name + ".tmp")
-    with open(draft, "wb") as file:
-        file.write(value.encode()) if isinstance(value, str) else torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with open(draft, "wb") as file:
+            file.write(value.encode()) if isinstance(value, str) else torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if before and path.exists():
+            os.replace(path, before)
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        draft.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}, and what was there stays: {error.__context__ or error}") from None
+
+def read_whole(path):
+    """What torch.save wrote there, with its checksums, which torch.load does not look at; runs no code of the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():
+                raise ValueError(f"wrong checksum of {broken}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes of the unpickler
+        raise UserError(f"cannot read the checkpoint {path}: {type(error).__name__} {str(error):.200}") from None
 
 def read_checkpoint(path):
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes of the unpickler
-        raise UserError(f"cannot read the checkpoint {path}: {type(error).__name__} {error}") from None
+    state = read_whole(path)
     config = state.get("config") if isinstance(state, dict) and "backbone" in state else None
     if not isinstance(config, dict) or config.get("dataset") not in RECIPES:
         raise UserError(f"{path} is not a checkpoint of balcon")
@@ -792,13 +883,14 @@ def open_log(cfg, first):
     return open(path, "a")
 
 def read_log(path):
-    """The lines of a log; one that a kill cut short ends it."""
-    lines = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    """The lines of a log, but for a last one that a power cut broke off."""
+    lines, texts = [], path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(line))
+            lines.append(json.loads(text))
         except json.JSONDecodeError:
-            break
+            if lines and number < len(texts):
+                raise UserError(f"{path} is damaged in line {number} of {len(texts)}: mend it, or delete the rest")
     return lines if lines and isinstance(lines[0], dict) and "config" in lines[0] else []
 
 def environment():
@@ -895,35 +987,49 @@ def linear_accuracy(backbone, train, test, cfg):
         features, labels = (gather_rows(x, n) for x in extract(backbone, train))
         features, queries = F.normalize(features, dim=1), F.normalize(queries, dim=1)
 
-    def batches():  # features [b, d], labels [b]
-        for epoch in range(cfg.probe_epochs):
-            order = torch.randperm(n, generator=rng(cfg.seed, "probe order", epoch)).split(cfg.probe_batch)
-            if cfg.probe == "cached":
-                yield from ((features[rows], labels[rows]) for rows in order)
-                continue
-            key = (cfg.seed, "probe views", epoch)
-            for rows, (x, y) in zip(order, train.batches(enumerate(order), views, key=key, shared=True)):
-                with torch.no_grad(), autocast(device):
-                    x = torch.cat([backbone(part).float() for part in x.split(512)])
-                yield gather_rows(x, len(rows)), gather_rows(y, len(rows))
+    def batches(epoch):  # features [b, d], labels [b]
+        order = torch.randperm(n, generator=rng(cfg.seed, "probe order", epoch)).split(cfg.probe_batch)
+        if cfg.probe == "cached":
+            yield from ((features[rows], labels[rows]) for rows in order)
+            return
+        key = (cfg.seed, "probe views", epoch)
+        for rows, (x, y) in zip(order, train.batches(enumerate(order), views, key=key, shared=True)):
+            with torch.no_grad(), autocast(device):
+                x = torch.cat([backbone(part).float() for part in x.split(512)])
+            yield gather_rows(x, len(rows)), gather_rows(y, len(rows))
 
-    probe = train_probe(batches(), nn.Linear(queries.shape[1], len(train.classes)).to(device), n, cfg)
+    digest = hashlib.blake2b(b"".join(v.cpu().numpy().tobytes() for v in frozen.values()), digest_size=8).hexdigest()
+    probe = nn.Linear(queries.shape[1], len(train.classes)).to(device)
+    train_probe(batches, probe, n, cfg, cfg.out / f"probe-{digest}.pt")  # of this backbone and no other
     correct = gather_rows(probe(queries).argmax(1) == answers, len(test.labels))
     assert all(torch.equal(v, frozen[name]) for name, v in backbone.state_dict().items()), "the probe changed it"
     return 100 * correct.double().mean().item()
 
-def train_probe(batches, probe, n, cfg):
-    """Train `probe`, an nn.Linear, on cfg.probe_epochs epochs of n images: batches of features and labels."""
+def train_probe(batches, probe, n, cfg, path=None):
+    """Train `probe`, an nn.Linear, for cfg.probe_epochs on n images: batches(epoch) gives features and labels.
+
+    On ImageNet this takes a day: it saves itself to `path` every cfg.save_every_minutes, after an epoch, and goes on.
+    """
     probe.weight.data = 0.01 * torch.randn(probe.weight.shape, generator=rng(cfg.seed, "probe")).to(probe.weight)
     probe.bias.data.zero_()
-    peak, total = cfg.probe_lr * cfg.probe_batch / 256, cfg.probe_epochs * math.ceil(n / cfg.probe_batch)
+    per_epoch, batch = math.ceil(n / cfg.probe_batch), min(n, cfg.probe_batch)
+    peak, total, first = cfg.probe_lr * batch / 256, cfg.probe_epochs * per_epoch, 0
     optimizer = {"sgd": torch.optim.SGD, "lars": LARS}[cfg.probe_optimizer](probe.parameters(), lr=peak, momentum=0.9)
-    for step, (x, y) in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = cosine_lr(peak, step, total)
-        optimizer.zero_grad()
-        F.cross_entropy(probe(x), y).backward()
-        optimizer.step()
-    return probe
+    if path and path.exists():
+        state = read_whole(path)
+        probe.load_state_dict(state["probe"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["epoch"]
+    saved = time.perf_counter()
+    for epoch in range(first, cfg.probe_epochs):
+        for step, (x, y) in enumerate(batches(epoch), epoch * per_epoch):
+            optimizer.param_groups[0]["lr"] = cosine_lr(peak, step, total)
+            optimizer.zero_grad()
+            F.cross_entropy(probe(x), y).backward()
+            optimizer.step()
+        if path and rank() == 0 and time.perf_counter() - saved > 60 * cfg.save_every_minutes:
+            saved, state = time.perf_counter(), {"probe": probe.state_dict(), "optimizer": optimizer.state_dict()}
+            save_atomically(path, {"epoch": epoch + 1, **state})
 
 
 # ------------------------------------------ theory ---------------------------------------------
@@ -1123,10 +1229,13 @@ def nscl(encoder, train, test, cfg, draws=5):
         for draw in range(draws):
             rows = balanced_subset(labels.cpu(), shots * C, "few-shot", cfg.seed, draw)
             x, y = features[rows], labels[rows]
-            orders = (torch.randperm(len(rows), generator=rng(cfg.seed, "few-shot", draw, epoch))
-                      for epoch in range(cfg.probe_epochs))
-            probe = train_probe(((x[part], y[part]) for order in orders for part in order.split(cfg.probe_batch)),
-                                nn.Linear(x.shape[1], C).to(x.device), len(rows), cfg)
+
+            def batches(epoch):
+                order = torch.randperm(len(rows), generator=rng(cfg.seed, "few-shot", draw, epoch))
+                return ((x[part], y[part]) for part in order.split(cfg.probe_batch))
+
+            probe = nn.Linear(x.shape[1], C).to(x.device)
+            train_probe(batches, probe, len(rows), cfg)
             predicted = torch.cdist(queries, class_means(x, y)).argmin(1), probe(queries).argmax(1)
             accuracy.append([100 * (known[p] == answers).double().mean().item() for p in predicted])
         mean, sd = np.mean(accuracy, 0), np.std(accuracy, 0, ddof=1)
@@ -1335,21 +1444,24 @@ PATTERNS_RECIPE = {**CIFAR, **dict(  # ours
 RECIPES = {"patterns": PATTERNS_RECIPE, "cifar10": CIFAR, "cifar100": CIFAR, "imagenet": IMAGENET, "folder": IMAGENET,
            "stl10": {**CIFAR, "stem": "imagenet", "size": 96}}  # ours
 COMMON = dict(loss="balanced", similarity="cosine", drop=[], add=[], limit=None, subset="full", subset_file=None,
-              seed=0, checkpoint=None, save_every=0, views=10, theory_limit=None, compile=False, report=None,
-              eval=["knn", "linear"])
-NOT_IDENTITY = ("out", "eval", "workers", "compile", "save_every", "report")  # a rerun may change these
+              seed=0, checkpoint=None, save_every=0, save_every_minutes=10.0, views=10, theory_limit=None,
+              compile=False, report=None, eval=["knn", "linear"])
+NOT_IDENTITY = ("out", "eval", "workers", "compile", "save_every", "save_every_minutes", "report")  # may change
 
 def public(cfg):
     """What makes a run this run, as it is logged."""
     return json.loads(json.dumps({key: value for key, value in vars(cfg).items() if key not in NOT_IDENTITY},
                       default=str))
 
-def bounded(kind, low):
-    """An argparse type: an int of at least `low`, or a finite float above it."""
+def whole(low, high=2 ** 31 - 1):
+    return bounded(int, low, high)
+
+def bounded(kind, low, high):
+    """An argparse type: a number in [low, high]."""
     def parse(text):
         value = kind(text)
-        if not math.isfinite(value) or value < low or (kind is float and value == low):
-            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if kind is int else 'finite and above'} {low}")
+        if not low <= value <= high:  # nan is not
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
     parse.__name__ = kind.__name__  # for argparse's own "invalid int value"
     return parse
@@ -1362,40 +1474,41 @@ def parse_flags(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS,
         epilog="Defaults are the paper's recipe for the data set, where it has one.")
-    parser.error, flag = refuse, parser.add_argument
+    parser.error, flag, positive = refuse, parser.add_argument, bounded(float, 1e-6, 1e6)
     flag("--dataset", choices=RECIPES, help="default: patterns, drawn in memory")
     flag("--data", type=Path, metavar="DIR", help="where the images are, default: data/<dataset>")
     flag("--out", type=Path, metavar="DIR", help="run directory; the same command resumes what is there")
     flag("--loss", choices=LOSSES, help="default: balanced (Eq. 17)")
-    flag("--alpha", type=bounded(float, 0), help="sharpness of the repelling softmax, 1/temperature")
-    flag("--lam", type=bounded(float, 0), help="weight of repelling against attracting")
+    flag("--alpha", type=positive, help="sharpness of the repelling softmax, 1/temperature")
+    flag("--lam", type=positive, help="weight of repelling against attracting")
     flag("--similarity", choices=("cosine", "dot", "euclidean"), help="default: cosine")
     flag("--drop", nargs="+", choices=DROPPABLE, help="augmentations to leave out of the recipe's")
     flag("--add", nargs="+", choices=ADDABLE, help="augmentations to append to the recipe's")
-    flag("--epochs", type=bounded(int, 0), help="0: evaluate the untrained backbone")
-    flag("--batch-size", type=bounded(int, 2), help="images a step over all processes; twice as many views")
-    flag("--lr", type=bounded(float, 0), help="SGD's peak; gradients are 1/α of the usual NT-Xent's")
+    flag("--epochs", type=whole(0), help="0: evaluate the untrained backbone")
+    flag("--batch-size", type=whole(2), help="images a step over all processes; twice as many views")
+    flag("--lr", type=positive, help="SGD's peak; gradients are 1/α of the usual NT-Xent's")
     flag("--backbone", metavar="NAME", help="resnet10, any ResNet of torchvision, or pixels (none)")
     flag("--stem", choices=("cifar", "imagenet"), help="cifar: 3×3, no stride, no pooling")
-    flag("--seed", type=bounded(int, 0), help="default: 0")
-    flag("--limit", type=bounded(int, 1), metavar="N", help="use N training images: class-balanced, or of --subset")
+    flag("--seed", type=whole(0), help="default: 0")
+    flag("--limit", type=whole(1), metavar="N", help="use N training images: class-balanced, or of --subset")
     flag("--subset", choices=("full", "lt", "uni"), help="long-tailed as ImageNet-LT, or uniform of the same size")
     flag("--subset-file", type=Path, metavar="FILE", help="train on the images listed there, one <class>/<file> a line")
-    flag("--save-every", type=bounded(int, 1), metavar="N", help="keep a checkpoint of every Nth epoch as well")
-    flag("--workers", type=bounded(int, 0), help="decoding processes of each rank, for images on disk")
+    flag("--save-every", type=whole(1), metavar="N", help="keep a checkpoint of every Nth epoch as well")
+    flag("--save-every-minutes", type=positive, metavar="X", help="save within long epochs as well, default: 10")
+    flag("--workers", type=whole(0, 256), help="decoding processes of each rank, for images on disk")
     flag("--compile", action="store_true", help="torch.compile the network")
     flag("--checkpoint", type=Path, metavar="FILE", help="evaluate this last.pt instead of pretraining")
     flag("--eval", nargs="*", choices=EVALUATIONS, help="default: knn linear; patterns: bias bounds as well")
-    flag("--views", type=bounded(int, 2), metavar="K", help="views of an image that stand for E_T in theory, even")
-    flag("--theory-limit", type=bounded(int, 4), metavar="N", help="training images that theory is measured on")
+    flag("--views", type=whole(2, 1000), metavar="K", help="views of an image that stand for E_T in theory, even")
+    flag("--theory-limit", type=whole(4), metavar="N", help="training images that theory is measured on")
     flag("--baseline", action=argparse.BooleanOptionalAction, help="evaluate the untrained backbone as well")
     flag("--report", nargs="+", type=Path, metavar="DIR", help="compare finished runs; figures go to --out")
-    flag("--k", type=bounded(int, 1), help="nearest neighbours that vote")
+    flag("--k", type=whole(1), help="nearest neighbours that vote")
     flag("--probe", choices=("crops", "cached"), help="linear classifier on fresh crops, or on features made once")
     flag("--probe-optimizer", choices=("sgd", "lars"), help="of the linear classifier")
-    flag("--probe-epochs", type=bounded(int, 1), help="of the linear classifier")
-    flag("--probe-batch", type=bounded(int, 1), help="of the linear classifier, over all processes")
-    flag("--probe-lr", type=bounded(float, 0), help="for a batch of 256, scaled with --probe-batch")
+    flag("--probe-epochs", type=whole(1), help="of the linear classifier")
+    flag("--probe-batch", type=whole(1), help="of the linear classifier, over all processes")
+    flag("--probe-lr", type=positive, help="for a batch of 256, scaled with --probe-batch")
     given, saved = vars(parser.parse_args(argv)), {}
 
     if "report" in given:
@@ -1420,22 +1533,27 @@ def parse_flags(argv=None):
     if "out" not in given:  # named by the flags that make the run what it is
         named = {k: v for k, v in given.items() if k not in ("dataset", "checkpoint", *NOT_IDENTITY)}
         named.update({"of": "-".join(cfg.checkpoint.resolve().with_suffix("").parts[-2:])} if cfg.checkpoint else {})
-        cfg.out = Path("runs", "_".join([dataset, *(
-            f"{k}={'+'.join(v) if isinstance(v, list) else v}".replace("/", "-") for k, v in named.items())]))
-    check(cfg)
+        name = "_".join([dataset, *(f"{k}={'+'.join(v) if isinstance(v, list) else v}" for k, v in named.items())])
+        cfg.out = Path("runs", name.replace("/", "-"))
+        if len(os.fsencode(name)) > 200:  # file systems take 255 bytes
+            cfg.out = Path("runs", f"{dataset}_{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()}")
+    check(cfg, given)
     return cfg
 
-def check(cfg):
+def check(cfg, given):
     """Refuse what is wrong whatever the images are, before any work is done."""
     known, world = torchvision.models.list_models(torchvision.models, "*resne*"), int(os.environ.get("WORLD_SIZE", 1))
-    place = next(p for p in (cfg.out, *cfg.out.absolute().parents) if p.exists())
-    files = [cfg.out / name for name in ("log.jsonl", "last.pt", "results.json")]
+    place = next(p for p in (cfg.out, *cfg.out.absolute().parents) if os.path.exists(p))
+    files = [cfg.out / name for name in ("log.jsonl", "last.pt", "previous.pt", "results.json")]
     header, gpus = read_log(files[0])[:1], torch.cuda.device_count()
     for wrong, message in (
             (cfg.backbone not in (*known, "resnet10", "pixels"),
              f"--backbone {cfg.backbone} is none of resnet10, pixels, {', '.join(known)}"),
             (any(not set(DROPPABLE[name]) & set(RECIPES[cfg.dataset]["parts"]) for name in cfg.drop),
              f"--drop {' '.join(cfg.drop)}: the {cfg.dataset} recipe lacks one of these"),
+            (set(cfg.drop) & set(cfg.add), f"--drop and --add both name {' '.join(set(cfg.drop) & set(cfg.add))}"),
+            (cfg.dataset == "patterns" and "data" in given, "--data needs --dataset: without it images are drawn"),
+            (cfg.save_every and (cfg.checkpoint or not cfg.epochs), "--save-every: nothing is pretrained here"),
             (cfg.views % 2, f"--views {cfg.views} is odd: the bias compares two halves"),
             (len(set(cfg.parts)) < len(cfg.parts), f"--add {' '.join(cfg.add)}: the recipe has that already"),
             (cfg.subset_file and (cfg.limit or cfg.subset != "full"),
@@ -1449,10 +1567,24 @@ def check(cfg):
              f"--out {cfg.out} holds files of another program or of a damaged run: choose another directory")):
         if wrong:
             raise UserError(message)
-    was = header and {**json.loads(json.dumps({**COMMON, **RECIPES[cfg.dataset]})), **header[0]["config"]}
-    for key, value in public(cfg).items() if header else ():
+    if header:
+        refuse_another(header[0]["config"], cfg)
+
+def refuse_another(config, cfg):
+    was = {**json.loads(json.dumps({**COMMON, **RECIPES[cfg.dataset]})), **config}
+    for key, value in public(cfg).items():
         if was.get(key, value) != value:
             raise UserError(f"--out {cfg.out} holds a run with {key} {was[key]}, not {value}: choose another directory")
+
+def lock(out):
+    """Keep a second process from writing there; the lock ends with this process, however that ends."""
+    try:
+        handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)  # of the process, and not of its workers
+        fcntl and fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"--out {out}: another process is at work there") from None
+    except OSError:
+        pass  # a file system without locks
 
 def run(cfg):
     """Pretrain or resume, evaluate, write results.json, print the table. Returns the exit code."""
@@ -1503,6 +1635,7 @@ def run(cfg):
             cfg.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {cfg.out} cannot be made: {error.strerror}") from None
+        lock(cfg.out)
 
     # Figures of the trained backbone stand in results.json under their names, those of the untrained
     # one beside it with a prefix; with --epochs 0 there is only the untrained one, without prefix.
@@ -1515,12 +1648,15 @@ def run(cfg):
     stages = stages if cfg.epochs else {"": "untrained"}
     missing = [(stage, name) for name in cfg.eval for stage in stages if stage + name not in results]
     if cfg.epochs and not cfg.checkpoint and (missing or not path.exists()):
-        results["seconds"] = round(pretrain(encoder, train, cfg), 1)
+        with end_on_request() as asked:
+            results["seconds"] = round(pretrain(encoder, train, cfg, asked), 1)
     elif lead and not path.exists():
         open_log(cfg, 0).close()
     for stage, name in missing:
         results[stage + name] = EVALUATIONS[name](new_encoder() if stage else encoder, labeled, test, cfg)
         save()  # each time: on ImageNet an evaluation takes hours
+        for probe in cfg.out.glob("probe-*.pt") if lead else ():  # of an evaluation that is saved now
+            probe.unlink()
     kept = sorted(cfg.out.glob("epoch[0-9]*.pt")) if "bounds" in cfg.eval and not cfg.checkpoint else []
     for file in kept[len(results.get("bounds_over_epochs", [])):]:
         load_weights(encoder, file)
@@ -1551,11 +1687,33 @@ def main(argv=None):
     try:
         cfg = parse_flags(argv)
         sys.exit(report(cfg.report, cfg.out) if cfg.report else run(cfg))
-    except UserError as error:
-        if LOCAL_RANK == 0 or world_size() > 1:
-            message = str(error).split("UserError: ")[-1]  # a DataLoader worker wraps it in a traceback
+    except (Exception, KeyboardInterrupt) as error:
+        message, code = explain(error)
+        if code is None:
+            raise
+        of_all = isinstance(error, (UserError, Stopped, KeyboardInterrupt)) and not isinstance(error, ImageError)
+        if LOCAL_RANK == 0 or not of_all:  # once on each machine
             print("balcon:", " ".join(message.split()), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(code)
+
+def explain(error):
+    """(one sentence, exit code) for what a user or the machine can cause; the code is None for a bug."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text.split("ImageError: ")[-1], 2  # a DataLoader worker wraps it in a traceback
+    if isinstance(error, Stopped):
+        return text, 143  # as a shell reports SIGTERM
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command goes on from what is saved", 130
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return "out of memory: lower --batch-size, or --views for theory", 2
+    if "DataLoader worker" in text:
+        return f"{text.splitlines()[0]} Fewer --workers need less memory", 2
+    if isinstance(error, OSError):
+        return text, 2
+    if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in text):
+        return f"rank {rank()} has lost another rank, whose own error says why", 1
+    return text, None
 
 if __name__ == "__main__":
     main()

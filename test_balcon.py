@@ -2,13 +2,19 @@
 """Tests of balcon.py against independent oracles: plain loops in float64, closed forms, torchvision.
 
     pytest                  # a few minutes on two cores, no network, no data
+    pytest -m faults -s     # a campaign of faults on real runs, 20 minutes; prints what it did
 """
+import collections
 import functools
 import inspect
 import json
 import math
 import os
+import pickle
+import random
 import re
+import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -525,6 +531,11 @@ def knn_by_loops(bank, labels, queries, k):
     return answers
 
 
+def probing(**more):
+    return SimpleNamespace(**{**dict(out=Path("none"), save_every_minutes=10.0, probe_lr=5.0, probe_optimizer="sgd",
+                                     seed=0, size=2), **more})
+
+
 def _evaluation_on_a_rank(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     g = torch.Generator().manual_seed(0)
@@ -533,8 +544,7 @@ def _evaluation_on_a_rank(rank, world, folder):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Flatten())
     for probe in ("crops", "cached"):  # batches of 9, 9 and 1: two of three ranks have nothing of the last
-        cfg = SimpleNamespace(probe=probe, probe_batch=9, probe_epochs=4, probe_lr=5.0, probe_optimizer="sgd",
-                              seed=0, size=2, k=3)
+        cfg = probing(probe=probe, probe_batch=9, probe_epochs=4, k=3)
         answers += [balcon.linear_accuracy(net, blobs(19, 0), blobs(50, 1), cfg),
                     balcon.knn_accuracy(net, blobs(19, 0), blobs(50, 1), cfg)]
     torch.save(answers, f"{folder}/{world}-{rank}.pt")
@@ -585,8 +595,7 @@ def blobs(n, seed, noise=60):
 
 def test_linear_probe_is_softmax_regression():
     train, test = blobs(50, 0), blobs(60, 1)
-    cfg = SimpleNamespace(probe="cached", probe_batch=16, probe_epochs=5, probe_lr=20.0, probe_optimizer="sgd",
-                          seed=3, size=2)
+    cfg = probing(probe="cached", probe_batch=16, probe_epochs=5, probe_lr=20.0, seed=3)
     got = balcon.linear_accuracy(torch.nn.Flatten(), train, test, cfg)
 
     def features(data):
@@ -615,8 +624,7 @@ def test_linear_probe_is_softmax_regression():
 def test_probe_leaves_the_backbone_alone(probe, optimizer, enough):
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    cfg = SimpleNamespace(probe=probe, probe_batch=32, probe_epochs=20, probe_lr=5.0, probe_optimizer=optimizer,
-                          seed=0, size=2)
+    cfg = probing(probe=probe, probe_batch=32, probe_epochs=20, probe_optimizer=optimizer)
     accuracy = balcon.linear_accuracy(net, blobs(90, 0, noise=20), blobs(30, 1, noise=20), cfg)
     assert accuracy > enough and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
@@ -626,11 +634,15 @@ TINY = ("--limit 64 --batch-size 16 --epochs 2 --lr 0.1 --probe-epochs 3 --probe
 MEASURED = ("knn", "linear", "untrained_knn", "untrained_linear")
 
 
-def cli(*flags, processes=1, cwd=None):
+def command(*flags, processes=1, restarts=0):
     start = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*start, str(HERE / "balcon.py"), *map(str, flags)], capture_output=True, text=True,
-                          cwd=cwd, timeout=600)
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+        f"--max-restarts={restarts}"]
+    return [*start, str(HERE / "balcon.py"), *map(str, flags)]
+
+
+def cli(*flags, processes=1, **options):
+    return subprocess.run(command(*flags, processes=processes), capture_output=True, text=True, timeout=600, **options)
 
 
 def results(folder):
@@ -649,7 +661,7 @@ def test_end_to_end_again_and_on_two_processes(tmp_path):
     assert header["argv"][1:] == [*TINY, "--out", str(tmp_path / "one")] and header["config"]["alpha"] == 4
     assert {"git", "versions", "hardware", "world_size"} <= set(header) and found["config"] == header["config"]
     assert all(0 <= found[name] <= 100 for name in MEASURED) and found["seconds"] > 0
-    assert sorted(os.listdir(tmp_path / "one")) == ["last.pt", "log.jsonl", "results.json"]
+    assert sorted(os.listdir(tmp_path / "one")) == [".lock", "last.pt", "log.jsonl", "previous.pt", "results.json"]
     assert re.search(r"untrained +\| trained", done.stdout) and f"{found['knn']:#.4g}" in done.stdout
 
     before = {f.name: f.read_bytes() for f in (tmp_path / "one").iterdir()}
@@ -699,29 +711,12 @@ def test_training_is_the_same_on_one_two_and_four_processes(tmp_path):
     assert one.std() > 0.01  # and it moves
 
 
-def test_sigkill_loses_nothing(tmp_path):
-    flags = [*TINY, "--epochs", "6", "--eval", "knn"]
-    reference = cli(*flags, "--out", tmp_path / "whole")
-    run = subprocess.Popen([sys.executable, str(HERE / "balcon.py"), *flags, "--out", str(tmp_path / "killed")])
-    while not (tmp_path / "killed" / "last.pt").exists() and run.poll() is None:
-        time.sleep(0.05)
-    run.kill()
-    run.wait()
-    assert not (tmp_path / "killed" / "results.json").exists()
-    again = cli(*flags, "--out", tmp_path / "killed")
-    assert again.returncode == reference.returncode == 0, again.stderr
-    assert results(tmp_path / "killed")["knn"] == results(tmp_path / "whole")["knn"]
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    a, b = (torch.load(tmp_path / name / "last.pt")["backbone"] for name in ("killed", "whole"))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 class Killed(Exception):
     pass
 
 
-def train_here(out, kill_at=None):
-    flags = [*TINY, "--epochs", "3", "--out", str(out)]
+def train_here(out, kill_at=None, *more, asked=()):
+    flags = [*TINY, "--epochs", "3", "--out", str(out), *more]
     cfg = balcon.parse_flags(flags)
     out.mkdir(exist_ok=True)
     train, _ = balcon.load_data(cfg, CPU)
@@ -735,16 +730,15 @@ def train_here(out, kill_at=None):
                 raise Killed
             yield batch
     train.batches = fragile
-    balcon.pretrain(encoder, train, cfg)
+    balcon.pretrain(encoder, train, cfg, asked)
     return encoder.state_dict()
 
 
-def test_resumed_run_is_bit_identical(tmp_path, monkeypatch):
+def test_resumed_run_is_bit_identical(tmp_path):
     reference = train_here(tmp_path / "whole")  # 12 steps, 4 an epoch
-    monkeypatch.setattr(balcon, "SAVE_SECONDS", -1)  # checkpoints within epochs too
     for kill_at, saved in ((3, None), (6, 4), (7, 10)):  # counted from the step it starts at
         with pytest.raises(Killed):
-            train_here(tmp_path / "killed", kill_at)
+            train_here(tmp_path / "killed", kill_at, "--save-every-minutes", "1e-6")  # within epochs too
         last = tmp_path / "killed" / "last.pt"
         assert (torch.load(last)["step"] if last.exists() else None) == saved
     resumed = train_here(tmp_path / "killed")
@@ -762,7 +756,7 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(tmp_path, monke
         calls.append(None)
         return good(*arguments) * (math.nan if len(calls) > 5 else 1)  # in the second epoch
     monkeypatch.setitem(balcon.LOSSES, "balanced", diverges)
-    with pytest.raises(balcon.UserError, match="nan at step 8: lower --lr"):
+    with pytest.raises(balcon.UserError, match="loss is nan at step 8: .*lower --lr"):
         train_here(tmp_path / "run")
     state = torch.load(tmp_path / "run" / "last.pt")
     assert state["step"] == 4 and all(v.isfinite().all() for v in state["backbone"].values())
@@ -777,7 +771,13 @@ BAD = {
     "--limit 100 --batch-size 128": "--batch-size", "--backbone pixels": "--epochs 0", "--frobnicate": "frobnicate",
     "--dataset folder --data nowhere": "nowhere", "--dataset cifar10 --data empty": "empty",
     "--checkpoint missing.pt": "missing.pt", "--checkpoint README": "README", "--out README": "README",
-    "--dataset cifar10 --drop gaussian_blur": "gaussian_blur", "--dataset imagenet --add gaussian_blur": "gaussian_blur",
+    "--dataset cifar10 --drop gaussian_blur": "gaussian_blur",
+    "--dataset imagenet --add gaussian_blur": "gaussian_blur",
+    "--data flat": "--dataset", "--dataset imagenet --drop gaussian_blur --add gaussian_blur": "both",
+    "--epochs 0 --save-every 2": "--save-every", "--subset lt --subset-file README": "--subset-file",
+    "--limit 8 --subset-file README": "--subset-file", "--views 3": "odd", "--workers 1000": "workers",
+    "--backbone pixels --epochs 0 --stem cifar --add fog": "fog", "--seed 99999999999999999999": "seed",
+    "--dataset folder --data " + "x" * 300: "xxx", "--out " + "y" * 300: "too long",
     "--report flat": "results.json", "--report flat --alpha 2": "--report",
     "--dataset folder --data hollow": "cat", "--dataset folder --data flat": "class folder",
     "--dataset folder --data foreign": "class cat",
@@ -820,6 +820,22 @@ def test_bad_input_is_one_sentence_and_exit_code_2(flags, troubles, monkeypatch,
     assert "broken" in flags or not (troubles / "runs").exists()  # nothing was begun
 
 
+NUMERIC = re.findall(r'flag\("(--[\w-]+)", type=(whole|positive)', inspect.getsource(balcon.parse_flags))
+
+
+@pytest.mark.parametrize("flag, kind", NUMERIC)
+def test_numeric_flags_refuse_what_is_no_sensible_number(flag, kind, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    nonsense = ["nan", "inf", "-inf", "1e400", "-1", "-1e9", "", " ", "ten", "1,5", "0x10", "٣e", "1e9", "--", "1 2"]
+    nonsense += ["2147483648", "0.5", "9" * 5000] if kind == "whole" else ["0", "-0.0", "1e-9", "9" * 400]
+    for text in nonsense:
+        with pytest.raises(SystemExit) as stop:
+            balcon.main([flag, text])
+        message = capfd.readouterr().err
+        assert stop.value.code == 2 and message.count("\n") == 1 and flag in message and "Traceback" not in message
+    assert not list(tmp_path.iterdir())
+
+
 def test_batch_size_must_divide(monkeypatch, capfd):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SystemExit) as stop:
@@ -837,6 +853,337 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, capfd):
         assert stop.value.code == 2 and "other.pt" in capfd.readouterr().err and not (tmp_path / "o").exists()
 
 
+# ------------------------------------------ faults ---------------------------------------------
+def tensors(path):
+    state = torch.load(path)
+    momenta = state["optimizer"]["state"]
+    return {**state["backbone"], **state["projector"], **{i: momenta[i]["momentum_buffer"] for i in momenta}}
+
+
+def assert_same_run(a, b):
+    """Bit-identical weights, momenta, losses and figures."""
+    x, y = tensors(a / "last.pt"), tensors(b / "last.pt")
+    assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+    assert losses(a) == losses(b)
+    x, y = ({k: v for k, v in results(run).items() if k not in ("seconds", "environment")} for run in (a, b))
+    assert x == y
+
+
+def wait_for(condition, run, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end and run.poll() is None, run.communicate()
+        time.sleep(0.02)
+
+
+def children(pid):
+    return [int(child) for child in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True).stdout.split()]
+
+
+LONG = [*TINY, "--epochs", "8", "--eval", "knn", "--no-baseline"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs of LONG that nothing interrupts, by their number of processes."""
+    @functools.cache
+    def run(processes):
+        out = tmp_path_factory.mktemp("whole") / str(processes)
+        done = cli(*LONG, "--out", out, processes=processes)
+        assert done.returncode == 0, done.stderr
+        return out
+    return run
+
+
+def test_sigkill_loses_nothing_and_a_second_process_is_refused(tmp_path, whole):
+    run = subprocess.Popen(command(*LONG, "--out", tmp_path), stderr=subprocess.PIPE)
+    wait_for((tmp_path / "last.pt").exists, run)
+    run.send_signal(signal.SIGSTOP)  # so that it is not done before the second one looks
+    second = cli(*LONG, "--out", tmp_path)
+    assert second.returncode == 2 and "another process is at work there" in second.stderr
+    run.kill()
+    run.wait()
+    assert not (tmp_path / "results.json").exists()
+    assert cli(*LONG, "--out", tmp_path).returncode == 0
+    assert_same_run(tmp_path, whole(1))
+
+
+@pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_saves_and_ends(processes, number, tmp_path, whole):
+    run = subprocess.Popen(command(*LONG, "--epochs", "2000", "--out", tmp_path, processes=processes),
+                           stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "log.jsonl").exists() and losses(tmp_path), run)
+    run.send_signal(number)
+    message = run.communicate(timeout=60)[1]
+    step = int(re.search(r"balcon: stopped by a signal and saved at step (\d+) of 8000", message)[1])
+    assert run.returncode == 143 if processes == 1 else run.returncode
+    assert message.count("balcon: ") == 1 and (processes > 1 or "Traceback" not in message)
+    assert torch.load(tmp_path / "last.pt")["step"] == max(losses(tmp_path)) == step
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    reference, asked = train_here(tmp_path / "whole"), [signal.SIGTERM]
+    for step in (4, 8, 10):
+        with pytest.raises(balcon.Stopped, match=f"at step {step} of 12"):
+            train_here(tmp_path / "stopped", None, asked=asked)
+    resumed = train_here(tmp_path / "stopped")
+    assert all(torch.equal(resumed[name], value) for name, value in reference.items())
+
+
+def test_torchrun_restarts_after_a_rank_was_killed(tmp_path, whole):
+    run = subprocess.Popen(command(*LONG, "--out", tmp_path, processes=2, restarts=3), stderr=subprocess.DEVNULL)
+    wait_for((tmp_path / "last.pt").exists, run)
+    os.kill(children(run.pid)[1], signal.SIGKILL)
+    assert run.wait(timeout=300) == 0
+    assert_same_run(tmp_path, whole(2))
+
+
+def test_a_dead_rank_ends_all(tmp_path):
+    run = subprocess.Popen(command(*LONG, "--epochs", "2000", "--out", tmp_path, processes=2), stderr=subprocess.PIPE)
+    wait_for((tmp_path / "last.pt").exists, run)
+    first, second = children(run.pid)
+    os.kill(second, signal.SIGKILL)
+    run.communicate(timeout=60)
+    assert run.returncode != 0 and not os.path.exists(f"/proc/{first}")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_a_bit(path):  # in the middle of the weights
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("sprung",)
+
+
+def poison(path):
+    torch.save({"backbone": {}, "config": Trap()}, path)
+
+
+def pickle_trap(path):
+    path.write_bytes(pickle.dumps(Trap()))
+
+
+def foreign(path):
+    torch.save({"backbone": {}, "config": {"dataset": "patterns", "alpha": 99}, "projector": {}}, path)
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, poison, pickle_trap, foreign, Path.unlink])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    reference = train_here(tmp_path / "run")
+    last, before = tmp_path / "run" / "last.pt", tmp_path / "run" / "previous.pt"
+    good = before.read_bytes()
+    assert torch.load(before)["step"] == 8
+    damage(last)
+    left = last.read_bytes() if last.exists() else None
+    resumed = train_here(tmp_path / "run")
+    assert all(torch.equal(resumed[name], value) for name, value in reference.items())
+    assert ("last.pt" in capfd.readouterr().err) == (left is not None) and not Path("sprung").exists()
+    assert left is None or (tmp_path / "run" / "last.pt.damaged").read_bytes() == left
+    assert before.read_bytes() == good  # not pushed out by the damaged one
+    if left:
+        last.write_bytes(left)
+        before.unlink()
+        with pytest.raises(balcon.UserError, match="last.pt"):
+            train_here(tmp_path / "run")
+        assert last.read_bytes() == left and not Path("sprung").exists()
+
+
+def test_other_images_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(Killed):
+        train_here(tmp_path / "run", 6)
+    drawn = balcon.draw_patterns
+
+    def one_pixel_changed(n, split):
+        pixels, labels = drawn(n, split)
+        pixels[:, 0, 0, 0] ^= 1
+        return pixels, labels
+    monkeypatch.setattr(balcon, "draw_patterns", one_pixel_changed)
+    with pytest.raises(balcon.UserError, match="other images"):
+        train_here(tmp_path / "run")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    with pytest.raises(Killed):
+        train_here(tmp_path, 6)
+    before, limits = (tmp_path / "last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, limits[1]))  # no file above a megabyte
+    try:
+        with pytest.raises(balcon.UserError, match="cannot write .*last.pt, and what was there stays: .*File too large"):
+            train_here(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "last.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_log_damaged_in_the_middle_is_not_cut(tmp_path):
+    train_here(tmp_path)
+    text = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text(text + '{"step": 1')  # a power cut
+    assert len(balcon.read_log(tmp_path / "log.jsonl")) == text.count("\n")
+    (tmp_path / "log.jsonl").write_text(text.replace('"step": 8', '"step" 8'))
+    with pytest.raises(balcon.UserError, match="line 3 of 5"):
+        balcon.read_log(tmp_path / "log.jsonl")
+
+
+def test_an_interrupted_probe_goes_on(tmp_path):
+    net, train, test = torch.nn.Flatten(), blobs(50, 0), blobs(60, 1)
+    made, select = [], train.batches
+
+    def fragile(order, views=None, **options):
+        for batch in select(order, views, **options):
+            if views is not None:
+                made.append(options["key"][-1])  # epoch
+                if len(made) == 10:
+                    raise Killed
+            yield batch
+    train.batches = fragile
+    cfg = probing(probe="crops", probe_batch=16, probe_epochs=5, out=tmp_path, save_every_minutes=1e-9)
+    with pytest.raises(Killed):
+        balcon.linear_accuracy(net, train, test, cfg)
+    assert made == [0] * 4 + [1] * 4 + [2] * 2 and len(list(tmp_path.glob("probe-*.pt"))) == 1
+    other = balcon.linear_accuracy(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(12)), train, test, cfg)
+    assert made[10:14] == [0] * 4 and other > 0  # another backbone begins anew
+    resumed = balcon.linear_accuracy(net, train, test, cfg)
+    assert made[30:] == [2] * 4 + [3] * 4 + [4] * 4
+    cfg.out = tmp_path / "none"
+    cfg.save_every_minutes = 10
+    assert resumed == balcon.linear_accuracy(net, train, test, cfg)
+
+
+def test_collapse_is_reported_once(tmp_path, monkeypatch, capfd):
+    class Constant(torch.nn.Module):
+        def __init__(self, *arguments):
+            super().__init__()
+            self.backbone, self.projector = torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 4)
+            self.projector.weight.data.zero_()
+            self.projector.requires_grad_()
+            self.projector.weight.requires_grad_(False)
+
+        def forward(self, x):
+            return self.projector(self.backbone(x))
+    monkeypatch.setattr(balcon, "Encoder", Constant)
+    train_here(tmp_path)
+    assert capfd.readouterr().err.count("collapse") == 1
+    m, alpha, lam = 16, 4, 2  # all similarities are 1
+    assert all(loss == pytest.approx(-1 + lam * (1 + math.log(2 * (m - 1)) / alpha), abs=1e-5)
+               for loss in losses(tmp_path).values())
+
+
+def test_images_of_every_kind(tmp_path, monkeypatch, capfd):
+    g = np.random.default_rng(0)
+    rgb = Image.fromarray(g.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    kinds = {"grey.png": rgb.convert("L"), "cmyk.jpg": rgb.convert("CMYK"), "alpha.png": rgb.convert("RGBA"),
+             "palette.gif": rgb.convert("P"), "bits.png": rgb.convert("1"), "grey alpha.png": rgb.convert("LA"),
+             "tall.png": rgb.resize((3, 500)), "one pixel.png": rgb.resize((1, 1)), "lab.tif": rgb.convert("LAB"),
+             "16 bits.png": Image.fromarray(np.full((20, 20), 0x8123, np.uint16)), "emoji 🌇.png": rgb}
+    for place in ("train/снег", "train/猫", "val/снег", "val/猫"):
+        (tmp_path / place).mkdir(parents=True)
+        for name, image in kinds.items():
+            image.save(tmp_path / place / name)
+        rgb.save(tmp_path / place / "film.gif", save_all=True, append_images=[rgb.rotate(90)])
+        (tmp_path / place / "notes.txt").write_text("no image")
+    assert set(np.unique(balcon.read_image(str(tmp_path / "val/猫/16 bits.png")))) == {0x81}
+    monkeypatch.setattr(balcon, "barrier", lambda: None)
+    done = main("--dataset", "folder", "--data", tmp_path, "--backbone", "resnet10", "--epochs", "1", "--workers", "2",
+                "--batch-size", "12", "--eval", "knn", "--out", tmp_path / "run")
+    assert done == 0 and sum(results(tmp_path / "run")["class_counts"]) == 2 * (len(kinds) + 1)
+
+
+def test_nothing_is_written_outside(tmp_path):
+    for place in ("home", "tmp", "here"):
+        (tmp_path / place).mkdir()
+    env = {**os.environ, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = cli(*TINY, "--eval", "knn", "--out", tmp_path / "run", cwd=tmp_path / "here", env=env)
+    assert done.returncode == 0, done.stderr
+    assert not [*tmp_path.glob("home/*"), *tmp_path.glob("tmp/*"), *tmp_path.glob("here/*")]
+
+
+def test_what_is_no_bug_is_explained():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2 ** 55)
+    assert balcon.explain(error.value) == ("out of memory: lower --batch-size, or --views for theory", 2)
+    for error in (RuntimeError("shapes"), ValueError("x"), KeyError("y"), AssertionError()):
+        assert balcon.explain(error)[1] is None  # a bug keeps its traceback
+
+
+MOMENTS = {  # when a fault comes, given the run directory and a random number of seconds
+    "at random": lambda out, begun, after: time.time() > begun + after,
+    "first log line": lambda out, begun, after: losses(out),
+    "writing": lambda out, begun, after: losses(out) and any(out.glob("*.tmp")),  # a checkpoint, log or result
+    "evaluation": lambda out, begun, after: 40 in losses(out),
+}
+
+
+def processes_of(pid):
+    """The process, its children and theirs, and those orphaned by a dead torchrun, by their session."""
+    return [pid, *(grandchild for child in children(pid) for grandchild in processes_of(child))]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("processes", [1, 2])
+def test_fault_campaign(processes, tmp_path):
+    """Every trial is killed twice, then goes on to its end, and must equal the uninterrupted run to the bit."""
+    flags = [*TINY, "--epochs", "10", "--probe", "crops", "--no-baseline", "--save-every-minutes", "0.02"]
+    begun = time.time()
+    assert cli(*flags, "--out", tmp_path / "whole", processes=processes).returncode == 0
+    length, choose, count = time.time() - begun, random.Random(processes), collections.Counter()
+    ways = [("all", signal.SIGKILL), ("main", signal.SIGTERM), ("one rank", signal.SIGKILL)][:1 + processes]
+    for trial in range(4 * len(ways)):
+        out = tmp_path / str(trial)
+        for fault in range(2):
+            (who, number), moment = ways[(trial + fault) % len(ways)], [*MOMENTS][trial // len(ways)]
+            begun, after = time.time(), choose.uniform(0.3, 1) * length
+            run = subprocess.Popen(command(*flags, "--out", out, processes=processes), stderr=subprocess.PIPE)
+            while run.poll() is None and not MOMENTS[moment](out, begun, after):
+                time.sleep(0.002)
+            if run.poll() is not None:  # it was done before the moment came
+                continue
+            for pid in {"all": processes_of(run.pid), "main": [run.pid], "one rank": children(run.pid)[-1:]}[who]:
+                os.kill(pid, number)
+            message = run.communicate(timeout=60)[1].decode()
+            count[f"{who} {number.name}, {moment}"] += 1
+            assert run.returncode != 0 and (processes > 1 or "Traceback" not in message), message
+            for file in [*out.glob("*.json"), *out.glob("*.jsonl")]:  # always parse
+                [json.loads(line) for line in ([file.read_text()] if file.suffix == ".json" else open(file))]
+            done = max(losses(out), default=0) if (out / "log.jsonl").exists() else 0
+            kept = [torch.load(out / name)["step"] for name in ("last.pt", "previous.pt") if (out / name).exists()]
+            count["faults"] += 1
+            count["logged steps to make again"] += done - max(kept, default=0)
+        last = cli(*flags, "--out", out, processes=processes)
+        assert last.returncode == 0, last.stderr
+        assert_same_run(out, tmp_path / "whole")
+        count["trials recovered to the bit"] += 1
+    print(f"\n{processes} processes, a whole run takes {length:.0f} s:", dict(count))
+
+
+@pytest.mark.faults
+def test_the_same_run_on_one_two_and_four_processes(tmp_path):
+    """In float32, with a batch that gives batch norm something to average: 20 steps and both evaluations."""
+    flags = ["--limit", "1280", "--batch-size", "128", "--epochs", "2", "--no-baseline", "--eval", "knn", "linear"]
+    for n in (1, 2, 4):
+        done = cli(*flags, "--out", tmp_path / str(n), processes=n)
+        assert done.returncode == 0, done.stderr
+        again = cli("--checkpoint", tmp_path / "1" / "last.pt", "--eval", "knn", "linear", "--out", tmp_path / f"of {n}",
+                    processes=n)
+        assert again.returncode == 0, again.stderr
+    one = losses(tmp_path / "1")
+    apart = {n: max(abs(one[s] - loss) for s, loss in losses(tmp_path / str(n)).items()) for n in (2, 4)}
+    figures = {n: [results(tmp_path / f"of {n}")[name] for name in ("knn", "linear")] for n in (1, 2, 4)}
+    print("\nlosses apart from one process's:", apart, "figures of one checkpoint:", figures)
+    assert max(apart.values()) < 1e-4 and figures[1] == figures[2] == figures[4]
+
+
+# ------------------------------------------ the demo -------------------------------------------
 @pytest.mark.parametrize("trained, code", [(95.0, 0), (80.0, 1)])
 def test_the_demo_fails_if_nothing_was_learned(tmp_path, monkeypatch, capfd, trained, code):
     figures = iter([60.0, trained])  # untrained first: a quarter of its error is 10 %
@@ -1423,7 +1770,8 @@ def test_kept_checkpoints_and_their_bounds(tmp_path, monkeypatch):
     monkeypatch.setattr(balcon, "draw_patterns", DRAWN)
     assert main(*KEPT, "--out", tmp_path / "whole") == 0
     kept = ["epoch0000.pt", "epoch0002.pt", "epoch0004.pt"]
-    assert sorted(os.listdir(tmp_path / "whole")) == [*kept, "last.pt", "log.jsonl", "results.json"]
+    assert sorted(os.listdir(tmp_path / "whole")) == [
+        ".lock", *kept, "last.pt", "log.jsonl", "previous.pt", "results.json"]
     found = results(tmp_path / "whole")
     rows = [{**row} for row in found["bounds_over_epochs"]]
     assert [row.pop("epoch") for row in rows] == [0, 2, 4]
