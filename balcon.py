@@ -750,8 +750,8 @@ def pretrain(encoder, data, cfg, asked=()):
             continue
 
         # All ranks know the same here, so they go on or end together.
-        report = torch.stack(gather(torch.stack([loss.detach(), loss.new_tensor(float(len(asked)))])))
-        loss, stopping = report.mean(0).tolist()
+        status = torch.stack([loss.detach(), loss.new_tensor(float(len(asked)))])
+        loss, stopping = torch.stack(gather(status)).mean(0).tolist()
         if not math.isfinite(loss) or not nn.utils.get_total_norm(encoder.parameters()).isfinite():
             what = "weights are not finite" if math.isfinite(loss) else f"loss is {loss}"
             raise UserError(f"the {what} at step {step}: the steps are too long, so lower --lr (gradients grow with "
@@ -760,8 +760,8 @@ def pretrain(encoder, data, cfg, asked=()):
         if not collapsed and z.var(0, correction=0).sum() < 1e-3:  # 1 if spread out, 0 if all are equal, or zero
             collapsed = True
             if rank() == 0:
-                print(f"balcon: collapse: at step {step} the projections of all images are equal. Lower --lr or --lam "
-                      f"(now {cfg.lam:g}), or raise it if it is far below 1", file=sys.stderr)
+                print(f"balcon: collapse: at step {step} the projections of all images are equal; the usual causes are "
+                      f"too high an --lr and, far below 1, too small a --lam", file=sys.stderr)
         if rank() == 0:
             now = time.perf_counter()
             above = loss - floor if cfg.similarity == "cosine" else None
