@@ -1579,7 +1579,7 @@ def refuse_another(config, cfg):
 def lock(out):
     """Keep a second process from writing there; the lock ends with this process, however that ends."""
     try:
-        handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)  # of the process, and not of its workers
+        handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         fcntl and fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise UserError(f"--out {out}: another process is at work there") from None

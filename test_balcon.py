@@ -1162,7 +1162,8 @@ def processes_of(pid):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_fault_campaign(processes, tmp_path):
     """Every trial is killed twice, then goes on to its end, and must equal the uninterrupted run to the bit."""
-    flags = [*TINY, "--epochs", "10", "--probe", "crops", "--no-baseline", "--save-every-minutes", "1e-5"]
+    flags = [*TINY, "--epochs", "10", "--probe", "crops", "--no-baseline", "--save-every-minutes", "1e-5",
+             "--eval", "knn", "linear"]
     begun = time.time()
     assert cli(*flags, "--out", tmp_path / "whole", processes=processes).returncode == 0
     length, choose, count = time.time() - begun, random.Random(processes), collections.Counter()
@@ -1171,7 +1172,7 @@ def test_fault_campaign(processes, tmp_path):
         out = tmp_path / str(trial)
         for fault in range(2):
             (who, number), moment = ways[(trial + fault) % len(ways)], [*MOMENTS][0 if fault else trial // len(ways)]
-            end = time.time() + choose.uniform(0.3, 1) * length if moment == "at random" else math.inf
+            end = time.time() + choose.uniform(0.1, 0.6) * length if moment == "at random" else math.inf
             run = subprocess.Popen(command(*flags, "--out", out, processes=processes), stderr=subprocess.PIPE,
                                    stdout=subprocess.DEVNULL)
             while run.poll() is None and not MOMENTS[moment](out) and time.time() < end:
