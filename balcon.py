@@ -86,8 +86,8 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_
         raise ValueError(f"z1 and z2 must both be [m, d], not {[*z1.shape]} and {[*z2.shape]}")
     if similarity not in ("cosine", "dot", "euclidean"):
         raise ValueError(f"similarity must be cosine, dot or euclidean, not {similarity!r}")
-    if not (alpha > 0 and lam >= 0):
-        raise ValueError(f"alpha must be positive and lam not negative: got {alpha} and {lam}")
+    if not (0 < alpha < math.inf and 0 <= lam < math.inf):
+        raise ValueError(f"alpha must be positive and lam not negative, both finite: got {alpha} and {lam}")
     distributed = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     m = len(z1)
@@ -337,8 +337,11 @@ class UserError(Exception):
 class ImageError(UserError):
     """One that only the rank with that image sees."""
 
+class Damaged(UserError):
+    """A file that is not what was written; another copy may be whole."""
+
 class Stopped(Exception):
-    """A signal asked for an end, and the state is saved."""
+    """Stopped(text, number): a signal asked for an end, and the state is saved."""
 
 def rng(*key):
     """A CPU generator that is a pure function of its key, so no generator state is ever saved."""
@@ -418,8 +421,12 @@ def leave_process_group(worker):
 def read_image(path):
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits of grey: Pillow's conversion would cut at 255
-                image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
+            if image.mode == "F":
+                raise ValueError("the scale of its floating-point pixels is not known")
+            if image.mode.startswith("I"):  # 16 bits of grey, or 32: Pillow's conversion would cut at 255
+                grey = np.asarray(image)
+                grey = grey / 256 if image.mode != "I" or grey.max() > 255 else grey
+                image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
     except Exception as error:  # Pillow raises many kinds on corrupt files
         raise ImageError(f"cannot read the image {path}: {error}") from None
@@ -485,6 +492,8 @@ def listed_rows(path, images):
         return "/".join(str(place).split("/")[-2:])
 
     known = {name(image) if isinstance(images, list) else str(row): row for row, image in enumerate(images)}
+    if len(known) < len(images):
+        raise UserError("--subset-file needs images named by <class>/<file>, and here a name stands for several")
     try:
         lines = [name(line.strip()) for line in path.read_text().splitlines() if line.strip()]
         rows = [known[line if line in known else line.rsplit(None, 1)[0]] for line in lines]
@@ -504,7 +513,7 @@ def class_folders(root, split):
     try:
         found = torchvision.datasets.DatasetFolder(root / split, None, tuple(Image.registered_extensions()))
     except FileNotFoundError as error:  # no class, or one without an image
-        raise UserError(f"{root / split}: {str(error).split('. ')[0]}") from None
+        raise UserError(f"{root / split}: {str(error).split('. Supported')[0]}") from None
     paths, labels = zip(*found.samples)
     return list(paths), torch.tensor(labels), found.classes
 
@@ -712,7 +721,7 @@ def pretrain(encoder, data, cfg, asked=()):
     model = distribute(encoder, data.device)
     model = torch.compile(model) if cfg.compile else model
     optimizer = torch.optim.SGD(encoder.parameters(), cfg.lr, momentum=0.9, weight_decay=1e-4)
-    first, seconds = resume(encoder, optimizer, images, cfg)
+    first, seconds = resume(encoder, optimizer, images, total, cfg)
     if rank() == 0 and first < total:
         log = open_log(cfg, first)
     floor = loss_floor(m, cfg.alpha, cfg.lam, repel_positive=cfg.loss == "ntxent")
@@ -783,34 +792,54 @@ def pretrain(encoder, data, cfg, asked=()):
                 save_atomically(cfg.out / "last.pt", state, before=cfg.out / "previous.pt")
         if stopping:
             barrier()  # until rank 0 has saved
-            raise Stopped(f"stopped by a signal and saved at step {step} of {total}: the same command goes on")
+            raise Stopped(f"stopped by a signal and saved at step {step} of {total}: the same command goes on",
+                          asked[0] if asked else signal.SIGTERM)
     return seconds + time.perf_counter() - started
 
-def resume(encoder, optimizer, images, cfg):
+def resume(encoder, optimizer, images, total, cfg):
     """(steps done, seconds taken) of last.pt, or where that is missing or damaged of the checkpoint before it."""
-    last, before = cfg.out / "last.pt", cfg.out / "previous.pt"
-    path, damage, state = last if last.exists() else before, None, {"step": 0, "seconds": 0.0}
-    if path.exists():
+    last, before, damage = cfg.out / "last.pt", cfg.out / "previous.pt", None
+
+    def restore(path):
+        state = load_weights(encoder, path)
         try:
-            state = load_weights(encoder, path)
+            refuse_another(state["config"], cfg)
+            optimizer.load_state_dict(state["optimizer"])
+            if any(o["momentum_buffer"].shape != p.shape for p, o in optimizer.state.items()):
+                raise ValueError("momenta of another network")
+            done = int(state["step"]), float(state["seconds"])
+            if not 0 <= done[0] <= total:
+                raise ValueError(f"step {done[0]} of {total}")
         except UserError as error:
-            if path == before or not before.exists():
-                raise
-            path, damage, state = before, error, load_weights(encoder, before)
-        refuse_another(state["config"], cfg)
+            raise Damaged(f"{path}: {error}") from None
+        except Exception as error:  # whatever is wrong in its contents
+            raise Damaged(f"{path} cannot be resumed: {error!r}") from None
         if state.get("images", images) != images:
             raise UserError(f"{path} was trained on other images than {cfg.data} has now: choose another --out")
-        optimizer.load_state_dict(state["optimizer"])
-    first = torch.tensor([state["step"]], device=next(encoder.parameters()).device)
+        return done
+
+    done = 0, 0.0
+    try:
+        done = restore(last if last.exists() else before) if last.exists() or before.exists() else done
+    except Damaged as error:
+        if not last.exists() or not before.exists():
+            raise
+        try:
+            damage, done = error, restore(before)
+        except Damaged as as_well:
+            raise Damaged(f"{error}; {as_well}") from None
+    first = torch.tensor(done[:1], device=next(encoder.parameters()).device)
     if (torch.stack(gather(first)) != first).any():
         raise UserError(f"the processes do not see the same {last}: --out must be on a disk that all share")
     if damage and rank() == 0:
         print(f"balcon: {damage}. Going on from {before}", file=sys.stderr)
         os.replace(last, cfg.out / "last.pt.damaged")
-    return state["step"], state["seconds"]
+    if first == 0 and rank() == 0 and len(read_log(cfg.out / "log.jsonl")) > 1:
+        print(f"balcon: {cfg.out} has a log and no checkpoint: starting again", file=sys.stderr)
+    return done
 
 def fingerprint(data):
-    """Which images these are: a resumed run must see the same ones."""
+    """Which images these are, files by their names: every visit to a run must see the same ones."""
     names = data.paths.tolist() if isinstance(data, OnDisk) else []
     digest = hashlib.blake2b("\n".join("/".join(Path(name).parts[-2:]) for name in names).encode("utf8", "replace"))
     for tensor in (data.labels, *([] if names else [data.pixels])):
@@ -819,19 +848,24 @@ def fingerprint(data):
 
 @contextlib.contextmanager
 def end_on_request():
-    """A list that SIGTERM or Ctrl-C adds to instead of ending the process; a second one ends it at once."""
-    asked = []
+    """A list that SIGTERM, Ctrl-C or a hang-up adds to instead of ending the process; a second one ends it at once."""
+    asked, numbers = [], [getattr(signal, name, signal.SIGTERM) for name in ("SIGTERM", "SIGINT", "SIGHUP")]
+    handlers = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # as nohup does
 
     def note(number, frame):
         asked.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for n in handlers:
+            signal.signal(n, signal.SIG_DFL)
 
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        for n in handlers:
+            signal.signal(n, note)
         yield asked
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
+    if asked:  # too late for pretraining, which is done
+        signal.raise_signal(asked[0])
 
 def save_atomically(path, value, before=None):
     """Text, or what torch.save takes. A kill or a full disk leaves the old file whole; it moves to `before`."""
@@ -845,7 +879,8 @@ def save_atomically(path, value, before=None):
             os.replace(path, before)
         os.replace(draft, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
         raise UserError(f"cannot write {path}, and what was there stays: {error.__context__ or error}") from None
 
 def read_whole(path):
@@ -855,14 +890,19 @@ def read_whole(path):
             if broken := archive.testzip():
                 raise ValueError(f"wrong checksum of {broken}")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:  # of the disk, perhaps for a moment
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     except Exception as error:  # whatever a damaged file makes of the unpickler
-        raise UserError(f"cannot read the checkpoint {path}: {type(error).__name__} {str(error):.200}") from None
+        raise Damaged(f"cannot read the checkpoint {path}: {type(error).__name__} {str(error):.200}") from None
 
 def read_checkpoint(path):
     state = read_whole(path)
     config = state.get("config") if isinstance(state, dict) and "backbone" in state else None
-    if not isinstance(config, dict) or config.get("dataset") not in RECIPES:
-        raise UserError(f"{path} is not a checkpoint of balcon")
+    if not isinstance(config, dict) or str(config.get("dataset")) not in RECIPES:
+        raise Damaged(f"{path} is not a checkpoint of balcon")
+    for key, default in defaults(config["dataset"]).items():
+        if default is not None and not isinstance(config.get(key, default), type(default)):
+            raise Damaged(f"{path} has an impossible {key}: {config[key]}")
     return state
 
 def load_weights(encoder, path):
@@ -870,8 +910,8 @@ def load_weights(encoder, path):
     try:
         encoder.backbone.load_state_dict(state["backbone"])
         encoder.projector.load_state_dict(state["projector"])
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit: {str(error).splitlines()[-1].strip():.100}") from None
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise Damaged(f"{path} does not fit: {str(error).splitlines()[-1].strip():.160}") from None
     return state
 
 def open_log(cfg, first):
@@ -887,11 +927,14 @@ def read_log(path):
     lines, texts = [], path.read_text(errors="replace").splitlines() if path.exists() else []
     for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            if lines and number < len(texts):
-                raise UserError(f"{path} is damaged in line {number} of {len(texts)}: mend it, or delete the rest")
-    return lines if lines and isinstance(lines[0], dict) and "config" in lines[0] else []
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step", 0), int):
+            lines.append(line)
+        elif lines and number < len(texts):
+            raise UserError(f"{path} is damaged in line {number} of {len(texts)}: mend it, or delete the rest")
+    return lines if lines and isinstance(lines[0].get("config"), dict) else []
 
 def environment():
     """What else decides the figures: in the first line of every log, and in results.json as of the last evaluation."""
@@ -1000,7 +1043,7 @@ def linear_accuracy(backbone, train, test, cfg):
 
     digest = hashlib.blake2b(b"".join(v.cpu().numpy().tobytes() for v in frozen.values()), digest_size=8).hexdigest()
     probe = nn.Linear(queries.shape[1], len(train.classes)).to(device)
-    train_probe(batches, probe, n, cfg, cfg.out / f"probe-{digest}.pt")  # of this backbone and no other
+    train_probe(batches, probe, n, cfg, cfg.out / f"linear-{digest}.pt")  # of this backbone and no other
     correct = gather_rows(probe(queries).argmax(1) == answers, len(test.labels))
     assert all(torch.equal(v, frozen[name]) for name, v in backbone.state_dict().items()), "the probe changed it"
     return 100 * correct.double().mean().item()
@@ -1017,9 +1060,12 @@ def train_probe(batches, probe, n, cfg, path=None):
     optimizer = {"sgd": torch.optim.SGD, "lars": LARS}[cfg.probe_optimizer](probe.parameters(), lr=peak, momentum=0.9)
     if path and path.exists():
         state = read_whole(path)
-        probe.load_state_dict(state["probe"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["epoch"]
+        try:
+            probe.load_state_dict(state["probe"])
+            optimizer.load_state_dict(state["optimizer"])
+            first = state["epoch"]
+        except Exception as error:
+            raise Damaged(f"{path} is damaged ({error!r}): remove it, and the classifier starts again") from None
     saved = time.perf_counter()
     for epoch in range(first, cfg.probe_epochs):
         for step, (x, y) in enumerate(batches(epoch), epoch * per_epoch):
@@ -1268,6 +1314,8 @@ def read_results(dirs):
         try:
             found = json.loads(path.read_text())
             config = {**COMMON, **RECIPES[found["config"]["dataset"]], **found.pop("config")}
+            if not all(isinstance(x, (int, float)) for x in (found["seed"], config["alpha"], config["lam"])):
+                raise TypeError("its seed, alpha and lam are not numbers")
             names = ["−" + part for part in sorted(config["drop"])] + ["+" + part for part in config["add"]]
             config.update(strategy=" ".join(names) or "base", parts=None, drop=None, add=None)  # as in Fig. 3
             if config["subset_file"]:  # comparable with a uniform subset
@@ -1276,7 +1324,7 @@ def read_results(dirs):
             if counts := found.get("class_counts"):
                 found.update(images=sum(counts), largest_class=max(counts), smallest_class=min(counts))
             runs.append({**flat(found), "config": config, "path": path})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"--report: {path} is not the results of a run: {error!r}") from None
     return runs
 
@@ -1517,11 +1565,14 @@ def parse_flags(argv=None):
         return SimpleNamespace(report=given["report"], out=given.get("out", Path("runs/report")))
     if "checkpoint" in given:
         saved = read_checkpoint(given["checkpoint"])["config"]
+        saved = {key: value for key, value in saved.items() if key not in NOT_IDENTITY}
         free = {"checkpoint", "data", "limit", "subset", "subset_file", "k", "baseline", "views", "theory_limit"}
         for key in set(given) & set(saved) - free:
             if str(given[key]) != str(saved[key]) and not key.startswith("probe"):
                 raise UserError(f"{given['checkpoint']} was made with --{key.replace('_', '-')} {saved[key]}, "
                                 f"not {given[key]}")
+        if {"subset", "subset_file", "limit"} & set(given):  # one of these replaces all three
+            saved = {key: value for key, value in saved.items() if key not in ("subset", "subset_file", "limit")}
     dataset = given.get("dataset", saved.get("dataset", "patterns"))
     cfg = SimpleNamespace(**{
         "data": Path("data", dataset), "workers": min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
@@ -1543,7 +1594,7 @@ def parse_flags(argv=None):
 def check(cfg, given):
     """Refuse what is wrong whatever the images are, before any work is done."""
     known, world = torchvision.models.list_models(torchvision.models, "*resne*"), int(os.environ.get("WORLD_SIZE", 1))
-    place = next(p for p in (cfg.out, *cfg.out.absolute().parents) if os.path.exists(p))
+    place = next(p for p in (cfg.out, *cfg.out.absolute().parents) if os.path.lexists(p))
     files = [cfg.out / name for name in ("log.jsonl", "last.pt", "previous.pt", "results.json")]
     header, gpus = read_log(files[0])[:1], torch.cuda.device_count()
     for wrong, message in (
@@ -1552,13 +1603,16 @@ def check(cfg, given):
             (any(not set(DROPPABLE[name]) & set(RECIPES[cfg.dataset]["parts"]) for name in cfg.drop),
              f"--drop {' '.join(cfg.drop)}: the {cfg.dataset} recipe lacks one of these"),
             (set(cfg.drop) & set(cfg.add), f"--drop and --add both name {' '.join(set(cfg.drop) & set(cfg.add))}"),
-            (cfg.dataset == "patterns" and "data" in given, "--data needs --dataset: without it images are drawn"),
+            (cfg.dataset == "patterns" and "data" in given, "--data: patterns are drawn, choose another --dataset"),
             (cfg.save_every and (cfg.checkpoint or not cfg.epochs), "--save-every: nothing is pretrained here"),
             (cfg.views % 2, f"--views {cfg.views} is odd: the bias compares two halves"),
-            (len(set(cfg.parts)) < len(cfg.parts), f"--add {' '.join(cfg.add)}: the recipe has that already"),
+            (len(set(cfg.parts)) < len(cfg.parts),
+             f"--add {' '.join(cfg.add)}: one is there twice, or in the recipe already"),
             (cfg.subset_file and (cfg.limit or cfg.subset != "full"),
              "--subset-file says which images to use: leave out --subset and --limit"),
             (cfg.backbone == "pixels" and cfg.epochs, "--backbone pixels has nothing to pretrain: add --epochs 0"),
+            (cfg.epochs and not cfg.checkpoint and (cfg.limit or math.inf) < cfg.batch_size,
+             f"--limit {cfg.limit} leaves fewer images than --batch-size {cfg.batch_size}"),
             (cfg.batch_size % world, f"--batch-size {cfg.batch_size} does not divide by the {world} processes"),
             (0 < gpus <= LOCAL_RANK, f"--nproc_per_node is more than the {gpus} GPUs of this machine"),
             (not place.is_dir() or not os.access(place, os.W_OK),
@@ -1567,24 +1621,27 @@ def check(cfg, given):
              f"--out {cfg.out} holds files of another program or of a damaged run: choose another directory")):
         if wrong:
             raise UserError(message)
-    if header:
-        refuse_another(header[0]["config"], cfg)
+    for line in header:
+        refuse_another(line["config"], cfg)
+
+def defaults(dataset):
+    """As they come back from a file: tuples are lists."""
+    return json.loads(json.dumps({**COMMON, **RECIPES[dataset]}))
 
 def refuse_another(config, cfg):
-    was = {**json.loads(json.dumps({**COMMON, **RECIPES[cfg.dataset]})), **config}
+    was = {**defaults(cfg.dataset), **config}
     for key, value in public(cfg).items():
         if was.get(key, value) != value:
             raise UserError(f"--out {cfg.out} holds a run with {key} {was[key]}, not {value}: choose another directory")
 
 def lock(out):
     """Keep a second process from writing there; the lock ends with this process, however that ends."""
-    try:
+    with contextlib.suppress(OSError):  # a file system without locks
         handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl and fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"--out {out}: another process is at work there") from None
-    except OSError:
-        pass  # a file system without locks
+        try:
+            fcntl and fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"--out {out}: another process is at work there") from None
 
 def run(cfg):
     """Pretrain or resume, evaluate, write results.json, print the table. Returns the exit code."""
@@ -1594,7 +1651,10 @@ def run(cfg):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ:  # started by torchrun
-        dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
+        try:
+            dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"the processes cannot meet: {error}") from None
     try:
         train, test = load_data(cfg, device)
         if cfg.epochs and not cfg.checkpoint and len(train.labels) < cfg.batch_size:
@@ -1636,13 +1696,21 @@ def run(cfg):
         except OSError as error:
             raise UserError(f"--out {cfg.out} cannot be made: {error.strerror}") from None
         lock(cfg.out)
+        for line in read_log(cfg.out / "log.jsonl")[:1]:  # by a run that was faster
+            refuse_another(line["config"], cfg)
 
     # Figures of the trained backbone stand in results.json under their names, those of the untrained
     # one beside it with a prefix; with --epochs 0 there is only the untrained one, without prefix.
-    results = {"config": public(cfg), "seed": cfg.seed, "class_counts": class_counts}
+    results = {"config": public(cfg), "seed": cfg.seed, "class_counts": class_counts,
+               "images": [fingerprint(train), fingerprint(test)],
+               "weights": cfg.checkpoint and hashlib.blake2b(cfg.checkpoint.read_bytes(), digest_size=8).hexdigest()}
     try:
-        results = {"seconds": 0.0, **(json.loads(path.read_text()) if path.exists() else {}), **results}
-    except ValueError:
+        found = json.loads(path.read_text()) if path.exists() else {}
+        for key in ("images", "weights"):
+            if found.get(key, results[key]) != results[key]:
+                raise UserError(f"{path} has figures of other {key} than there are now: choose another --out")
+        results = {"seconds": 0.0, **found, **results}
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is damaged: remove it, and the evaluations are made again") from None
     stages = {"untrained_": "untrained", "": "trained"} if cfg.baseline else {"": "trained"}
     stages = stages if cfg.epochs else {"": "untrained"}
@@ -1655,14 +1723,16 @@ def run(cfg):
     for stage, name in missing:
         results[stage + name] = EVALUATIONS[name](new_encoder() if stage else encoder, labeled, test, cfg)
         save()  # each time: on ImageNet an evaluation takes hours
-        for probe in cfg.out.glob("probe-*.pt") if lead else ():  # of an evaluation that is saved now
-            probe.unlink()
-    kept = sorted(cfg.out.glob("epoch[0-9]*.pt")) if "bounds" in cfg.eval and not cfg.checkpoint else []
-    for file in kept[len(results.get("bounds_over_epochs", [])):]:
-        load_weights(encoder, file)
-        results.setdefault("bounds_over_epochs", []).append(
-            {"epoch": int(file.stem[5:]), **bounds(encoder, labeled, test, cfg)})
-        save()
+        for probe in cfg.out.glob("linear-" + 16 * "[0-9a-f]" + ".pt") if lead and name == "linear" else ():
+            probe.unlink()  # its accuracy is saved
+    kept = cfg.out.glob("epoch[0-9]*.pt") if "bounds" in cfg.eval and not cfg.checkpoint else ()
+    measured = {at["epoch"] for at in results.get("bounds_over_epochs", [])}
+    for epoch, file in sorted((int(file.stem[5:]), file) for file in kept):
+        if epoch not in measured:
+            load_weights(encoder, file)
+            results.setdefault("bounds_over_epochs", []).append(
+                {"epoch": epoch, **bounds(encoder, labeled, test, cfg)})
+            save()
     if not path.exists():
         save()
     if dist.is_available() and dist.is_initialized():
@@ -1684,6 +1754,9 @@ def run(cfg):
     return 0 if error < untrained / 4 else 1
 
 def main(argv=None):
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed ones
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # where α cannot be printed
     try:
         cfg = parse_flags(argv)
         sys.exit(report(cfg.report, cfg.out) if cfg.report else run(cfg))
@@ -1693,7 +1766,10 @@ def main(argv=None):
             raise
         of_all = isinstance(error, (UserError, Stopped, KeyboardInterrupt)) and not isinstance(error, ImageError)
         if LOCAL_RANK == 0 or not of_all:  # once on each machine
-            print("balcon:", " ".join(message.split()), file=sys.stderr)
+            print("\n" * sys.stderr.isatty() + "balcon:", " ".join(message.split()), file=sys.stderr, flush=True)
+        if code == 130:  # to end by the signal itself ends a shell's loop as well
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
         sys.exit(code)
 
 def explain(error):
@@ -1702,12 +1778,12 @@ def explain(error):
     if isinstance(error, UserError):
         return text.split("ImageError: ")[-1], 2  # a DataLoader worker wraps it in a traceback
     if isinstance(error, Stopped):
-        return text, 143  # as a shell reports SIGTERM
+        return error.args[0], 128 + error.args[1]  # as a shell reports a signal
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on from what is saved", 130
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return "out of memory: lower --batch-size, or --views for theory", 2
-    if "DataLoader worker" in text:
+    if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
         return f"{text.splitlines()[0]} Fewer --workers need less memory", 2
     if isinstance(error, OSError):
         return text, 2

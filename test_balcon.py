@@ -797,14 +797,16 @@ BAD = {
     "--dataset mnist": "dataset",
     "--backbone resnet19": "resnet19", "--stem big": "stem", "--batch-size 1": "batch-size", "--limit 0": "limit",
     "--drop crop": "drop", "--add fog": "add", "--eval speed": "eval", "--limit 5000": "4096",
-    "--limit 100 --batch-size 128": "--batch-size", "--backbone pixels": "--epochs 0", "--frobnicate": "frobnicate",
+    "--limit 100 --batch-size 128": "--batch-size", "--out loop": "loop",
+    "--backbone pixels": "--epochs 0", "--frobnicate": "frobnicate",
     "--dataset folder --data nowhere": "nowhere", "--dataset cifar10 --data empty": "empty",
     "--checkpoint missing.pt": "missing.pt", "--checkpoint README": "README", "--out README": "README",
     "--dataset cifar10 --drop gaussian_blur": "gaussian_blur",
     "--dataset imagenet --add gaussian_blur": "gaussian_blur",
     "--data flat": "--dataset", "--dataset imagenet --drop gaussian_blur --add gaussian_blur": "both",
     "--epochs 0 --save-every 2": "--save-every", "--subset lt --subset-file README": "--subset-file",
-    "--limit 8 --subset-file README": "--subset-file", "--views 3": "odd", "--workers 1000": "workers",
+    "--limit 8 --subset-file README": "--subset-file",
+    "--limit 8 --batch-size 16": "--limit 8", "--views 3": "odd", "--workers 1000": "workers",
     "--backbone pixels --epochs 0 --stem cifar --add fog": "fog", "--seed 99999999999999999999": "seed",
     "--dataset folder --data " + "x" * 300: "xxx", "--out " + "y" * 300: "too long",
     "--report flat": "results.json", "--report flat --alpha 2": "--report",
@@ -819,6 +821,7 @@ BAD = {
 def troubles(tmp_path_factory):
     root = tmp_path_factory.mktemp("troubles")
     (root / "README").write_text("no checkpoint")
+    (root / "loop").symlink_to("nowhere")
     (root / "empty").mkdir()
     picture = Image.new("RGB", (32, 32), "red")
     (root / "flat" / "train").mkdir(parents=True)
@@ -945,7 +948,7 @@ def test_a_signal_saves_and_ends(processes, number, tmp_path, whole):
     run.send_signal(number)
     message = run.communicate(timeout=60)[1]
     step = int(re.search(r"balcon: stopped by a signal and saved at step (\d+) of 8000", message)[1])
-    assert run.returncode == 143 if processes == 1 else run.returncode
+    assert run.returncode == {signal.SIGTERM: 143, signal.SIGINT: -signal.SIGINT}[number] if processes == 1 else 1
     assert message.count("balcon: ") == 1 and (processes > 1 or "Traceback" not in message)
     assert torch.load(tmp_path / "last.pt")["step"] == max(losses(tmp_path)) == step
 
@@ -1005,7 +1008,16 @@ def foreign(path):
     torch.save({"backbone": {}, "config": {"dataset": "patterns", "alpha": 99}, "projector": {}}, path)
 
 
-@pytest.mark.parametrize("damage", [cut, flip_a_bit, poison, pickle_trap, foreign, Path.unlink])
+def edit(**more):
+    def damage(path):
+        torch.save({**torch.load(path), **more}, path)
+    return damage
+
+
+@pytest.mark.parametrize("damage", [
+    cut, flip_a_bit, poison, pickle_trap, foreign, Path.unlink, edit(optimizer=None), edit(step="x"),
+    edit(step=10 ** 6), edit(backbone=3), edit(config={"dataset": []}),
+    edit(config={"dataset": "patterns", "alpha": "x"}), edit(config={"dataset": "patterns", "seed": 1})])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     reference = train_here(tmp_path / "run")
@@ -1041,13 +1053,70 @@ def test_other_images_are_refused(tmp_path, monkeypatch):
         train_here(tmp_path / "run")
 
 
+def test_figures_of_other_images_or_weights_are_not_mixed(tmp_path, monkeypatch, capfd):
+    drawn, seeds = balcon.draw_patterns, iter((0, 0, 1, 1, 1))
+
+    def draw(n, split):
+        pixels, labels = drawn(80, split)
+        return (pixels ^ (next(seeds) if split == "test" else 0)), labels
+    monkeypatch.setattr(balcon, "draw_patterns", draw)
+    flags = ["--epochs", "0", "--backbone", "pixels", "--eval", "knn", "--out", tmp_path / "run"]
+    assert main(*flags) == main(*flags) == 0
+    with pytest.raises(SystemExit):
+        balcon.main([*map(str, flags)])
+    assert "figures of other images" in capfd.readouterr().err
+    encoder = balcon.Encoder("resnet10", "imagenet", (512, 128), 32)
+    config = balcon.public(balcon.parse_flags([]))
+    flags = ["--checkpoint", tmp_path / "x.pt", "--eval", "knn", "--no-baseline", "--out", tmp_path / "of"]
+    for step in (1, 2):
+        torch.save({"backbone": encoder.backbone.state_dict(), "projector": encoder.projector.state_dict(),
+                    "step": step, "config": config}, tmp_path / "x.pt")
+        if step == 1:
+            assert main(*flags) == 0
+    with pytest.raises(SystemExit):
+        balcon.main([*map(str, flags)])
+    assert "figures of other weights" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name, text", [
+    *(("results.json", text) for text in ("[]", "3", "null", '{"knn"', "[" * 10 ** 5)),
+    *(("log.jsonl", text) for text in ("", "3", "[]", '{"config": 3}', '{"config": []}', "\0", "x\ny\n"))])
+def test_damaged_texts_are_refused(name, text, tmp_path, capfd):
+    (tmp_path / "run").mkdir()
+    flags = [*TINY, "--epochs", "0", "--backbone", "pixels", "--eval", "knn", "--out", str(tmp_path / "run")]
+    if name == "results.json":
+        assert main(*flags) == 0
+    (tmp_path / "run" / name).write_text(text)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        balcon.main(flags)
+    message = capfd.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and "damaged" in message
+    assert (tmp_path / "run" / name).read_text() == text
+
+
+def test_a_late_signal_still_ends_the_run():
+    with pytest.raises(KeyboardInterrupt), balcon.end_on_request() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked == [signal.SIGINT] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+@pytest.mark.parametrize("odd", [{"env": {**os.environ, "PYTHONIOENCODING": "ascii"}},
+                                 {"preexec_fn": lambda: os.close(2)}])
+def test_odd_surroundings(odd, tmp_path):
+    run = [*command(*TINY, "--epochs", "1", "--eval", "knn", "--no-baseline", "--out", tmp_path)]
+    done = subprocess.run(run, stdout=subprocess.PIPE, **odd)
+    assert done.returncode == 0 and results(tmp_path)["knn"] > 0
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     with pytest.raises(Killed):
         train_here(tmp_path, 6)
     before, limits = (tmp_path / "last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, limits[1]))  # no file above a megabyte
     try:
-        with pytest.raises(balcon.UserError, match="cannot write .*last.pt, and what was there stays: .*File too large"):
+        with pytest.raises(balcon.UserError, match="cannot write .*last.pt, and what was there .*File too large"):
             train_here(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -1079,11 +1148,11 @@ def test_an_interrupted_probe_goes_on(tmp_path):
     cfg = probing(probe="crops", probe_batch=16, probe_epochs=5, out=tmp_path, save_every_minutes=1e-9)
     with pytest.raises(Killed):
         balcon.linear_accuracy(net, train, test, cfg)
-    assert made == [0] * 4 + [1] * 4 + [2] * 2 and len(list(tmp_path.glob("probe-*.pt"))) == 1
+    assert made == [0] * 4 + [1] * 4 + [2] * 2 and len(list(tmp_path.glob("linear-*.pt"))) == 1
     other = balcon.linear_accuracy(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(12)), train, test, cfg)
     assert made[10:14] == [0] * 4 and other > 0  # another backbone begins anew
     resumed = balcon.linear_accuracy(net, train, test, cfg)
-    assert made[30:] == [2] * 4 + [3] * 4 + [4] * 4
+    assert made[30:] == [2] * 4 + [3] * 4 + [4] * 4  # the third epoch again
     cfg.out = tmp_path / "none"
     cfg.save_every_minutes = 10
     assert resumed == balcon.linear_accuracy(net, train, test, cfg)
@@ -1122,7 +1191,12 @@ def test_images_of_every_kind(tmp_path, monkeypatch, capfd):
         rgb.save(tmp_path / place / "film.gif", save_all=True, append_images=[rgb.rotate(90)])
         (tmp_path / place / "notes.txt").write_text("no image")
     assert set(np.unique(balcon.read_image(str(tmp_path / "val/猫/16 bits.png")))) == {0x81}
-    monkeypatch.setattr(balcon, "barrier", lambda: None)
+    scale = np.linspace(0, 1, 4, dtype=np.float32)[None]
+    Image.fromarray(scale).save(tmp_path / "float.tif")
+    with pytest.raises(balcon.ImageError, match="floating"):
+        balcon.read_image(str(tmp_path / "float.tif"))
+    Image.fromarray((200 * scale).astype(np.int32)).save(tmp_path / "int.tif")  # 32 bits that need only 8
+    assert np.asarray(balcon.read_image(str(tmp_path / "int.tif")))[0, :, 0].tolist() == [0, 66, 133, 200]
     done = main("--dataset", "folder", "--data", tmp_path, "--backbone", "resnet10", "--epochs", "1", "--workers", "2",
                 "--batch-size", "12", "--eval", "knn", "--out", tmp_path / "run")
     assert done == 0 and sum(results(tmp_path / "run")["class_counts"]) == 2 * (len(kinds) + 1)
@@ -1131,7 +1205,7 @@ def test_images_of_every_kind(tmp_path, monkeypatch, capfd):
 def test_nothing_is_written_outside(tmp_path):
     for place in ("home", "tmp", "here"):
         (tmp_path / place).mkdir()
-    env = {**os.environ, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {**os.environ, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
     done = cli(*TINY, "--eval", "knn", "--out", tmp_path / "run", cwd=tmp_path / "here", env=env)
     assert done.returncode == 0, done.stderr
     assert not [*tmp_path.glob("home/*"), *tmp_path.glob("tmp/*"), *tmp_path.glob("here/*")]
@@ -1141,7 +1215,8 @@ def test_what_is_no_bug_is_explained():
     with pytest.raises(RuntimeError) as error:
         torch.empty(2 ** 55)
     assert balcon.explain(error.value) == ("out of memory: lower --batch-size, or --views for theory", 2)
-    for error in (RuntimeError("shapes"), ValueError("x"), KeyError("y"), AssertionError()):
+    for error in (RuntimeError("shapes"), ValueError("Caught ValueError in DataLoader worker process 0.\n a bug"),
+                  KeyError("y"), AssertionError()):
         assert balcon.explain(error)[1] is None  # a bug keeps its traceback
 
 
@@ -1149,7 +1224,7 @@ MOMENTS = {  # when a fault comes
     "at random": lambda out: False,
     "in training": lambda out: losses(out),
     "while a file is written": lambda out: losses(out) and any(out.glob("*.tmp")),
-    "in the linear classifier": lambda out: any(out.glob("probe-*.pt")),
+    "in the linear classifier": lambda out: any(out.glob("linear-*.pt")),
 }
 
 
@@ -1783,7 +1858,8 @@ PATHS = ["d/train/n01/a.JPEG", "d/train/n01/b c.png", "d/train/n02/a.JPEG", "d/t
     ("3\n0\n", torch.zeros(4, 1), [0, 3]), ("2 9\n", torch.zeros(4, 1), [2]),
     ("n01/z.JPEG 0", PATHS, "names 'n01/z.JPEG'"), ("n03/a.JPEG", PATHS, "n03/a.JPEG"), ("a.JPEG", PATHS, "a.JPEG"),
     ("n01/a.JPEG 0\ntrain/n01/a.JPEG 1", PATHS, "twice"), ("1\n1", torch.zeros(4, 1), "twice"),
-    (" \n\n", PATHS, "empty"), ("4", torch.zeros(4, 1), "'4'"), ("-1", torch.zeros(4, 1), "-1"), (None, PATHS, "read")])
+    (" \n\n", PATHS, "empty"), ("cat/sub/a.png", ["cat/sub/a.png", "dog/sub/a.png"], "several"),
+    ("4", torch.zeros(4, 1), "'4'"), ("-1", torch.zeros(4, 1), "-1"), (None, PATHS, "read")])
 def test_subset_file(text, images, expected, tmp_path):
     if text is not None:
         (tmp_path / "list.txt").write_text(text)
