@@ -62,7 +62,7 @@ except ImportError:  # Windows: a run directory is not locked there
 
 # ------------------------------------------ losses ---------------------------------------------
 def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_positive=False,
-                              labels=None):
+                              labels=None, block=2 ** 26):
     """Balanced contrastive loss, Eq. 17: −s(z, z⁺) + λ (1/α) log Σ_{z⁻} exp(α s(z, z⁻)).
 
     z1, z2: [m, d], two views; row i of both shows the same image. Returns a scalar: the mean over
@@ -80,7 +80,8 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_
     A learning rate from the SimCLR literature must be multiplied by α to mean the same here.
 
     repel_positive=True puts z⁺ into the log-sum-exp too; labels [m] keep only the z⁻ of other
-    classes: `generalized_nt_xent_loss` and `nscl_loss` are these two.
+    classes: `generalized_nt_xent_loss` and `nscl_loss` are these two. block: no more than so many of the
+    2m × 2M similarities are held at a time, and made again in the backward pass where they are more.
     """
     if z1.shape != z2.shape or z1.dim() != 2:
         raise ValueError(f"z1 and z2 must both be [m, d], not {[*z1.shape]} and {[*z2.shape]}")
@@ -112,10 +113,8 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_
         candidates = z if world == 1 else gather(z)  # [2M, d] with M = world·m
         if world > 1 and z.requires_grad:
             candidates.register_hook(sum_over_ranks)
-        s = z @ candidates.T  # [2m, 2M]
         positive = (z * z.roll(m, 0)).sum(1)  # [2m]; rolling by m swaps the views
-        if similarity == "euclidean":  # −‖a − b‖² = 2a·b − ‖a‖² − ‖b‖²
-            s = 2 * s - z.square().sum(1, keepdim=True) - candidates.square().sum(1)
+        if similarity == "euclidean":
             positive = -(z - z.roll(m, 0)).square().sum(1)
 
         # An anchor repels all candidates but those of its own group.
@@ -127,11 +126,22 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_
             group = view  # itself
         else:
             group = view // (2 * m) * m + view % m  # its image: itself and its positive
-        kept_out = group[rank * 2 * m:(rank + 1) * 2 * m, None] == group
-        if labels is not None and kept_out.all(1).any():
-            raise ValueError("an image has no negatives: all others are of its class")
 
-        repel = torch.logsumexp((alpha * s).masked_fill(kept_out, -math.inf), dim=1) / alpha
+        def repelling(z, own):  # anchors [r, d], their groups [r] -> [r]
+            s = alpha * z @ candidates.T  # [r, 2M]
+            if similarity == "euclidean":  # −‖a − b‖² = 2a·b − ‖a‖² − ‖b‖²
+                s = 2 * s - alpha * (z.square().sum(1, keepdim=True) + candidates.square().sum(1))
+            return s.masked_fill(own[:, None] == group, -math.inf).logsumexp(1) / alpha
+
+        anchors = z, group[rank * 2 * m:(rank + 1) * 2 * m]
+        rows = max(1, block // len(candidates))
+        if rows >= 2 * m:
+            repel = repelling(*anchors)
+        else:
+            repel = torch.cat([torch.utils.checkpoint.checkpoint(repelling, *part, use_reentrant=False)
+                               for part in zip(*(x.split(rows) for x in anchors))])
+        if labels is not None and repel.isneginf().any():
+            raise ValueError("an image has no negatives: all others are of its class")
         return (lam * repel - positive).mean()
 
 def generalized_nt_xent_loss(z1, z2, alpha, lam, similarity="cosine"):

@@ -86,6 +86,20 @@ def test_losses_are_their_equations(kind, alpha, lam):
         assert loss.item() == pytest.approx(oracle, rel=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("block", [1, 30, 196])  # one row, two rows, all 14
+def test_losses_in_blocks(kind, block):
+    z = torch.randn(2, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).requires_grad_()
+
+    def loss(z, **more):
+        return balanced_contrastive_loss(*z, 3, 2, kind, block=block, **more)
+    labels = [0, 1, 2, 0, 1, 0, 2]
+    assert loss(z).item() == pytest.approx(loss_by_loops(*z.detach(), 3, 2, kind), rel=1e-10)
+    assert loss(z, labels=torch.tensor(labels)).item() == pytest.approx(
+        loss_by_loops(*z.detach(), 3, 2, kind, labels=labels), rel=1e-10)
+    assert torch.autograd.gradcheck(loss, z)
+
+
 def test_relation_to_eq_14_and_15_and_cross_entropy():
     z1, z2 = unit(6, 4)
     alpha, s = 3.0, lambda a, b: float(a @ b)
@@ -291,7 +305,12 @@ def _losses_on_a_rank(rank, world, folder):
             loss.backward()
             loss = loss.detach().clone()
             dist.all_reduce(loss)
-            results[kind, name] = [loss / world] + [p.grad for p in net.parameters()]
+            results[kind, name] = [loss / world] + [p.grad.clone() for p in net.parameters()]
+        net.zero_grad()  # in blocks of similarities: the gradients of the last of these losses again
+        z1, z2 = net(torch.cat([x[0, rank::world], x[1, rank::world]])).chunk(2)
+        balanced_contrastive_loss(z1, z2, 4.0, 2.0, kind, labels=labels[rank::world], block=50).backward()
+        results[kind, "blocks"] = [p.grad for p in net.parameters()]
+        assert all(torch.allclose(a, b) for a, b in zip(results[kind, "blocks"], results[kind, "nscl_loss"][1:]))
     torch.manual_seed(2)  # the CPU's synchronised batch norm, against PyTorch's on the whole batch
     x, target = torch.randn(2, 12, 3, 4, 4, dtype=torch.float64)
     norm = balcon.BatchNorm(3).double()
