@@ -3,10 +3,13 @@
 
     pytest                  # a few minutes on two cores, no network, no data
     pytest -m faults -s     # a campaign of faults on real runs, 20 minutes; prints what it did
+    python test_balcon.py benchmark --dataset cifar10       # where the time of a training step goes
 """
 import collections
+import copy
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -18,8 +21,8 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -1780,7 +1783,7 @@ def test_nscl_gap_of_an_encoder():
     assert entries == [f"classes_{C}_alpha_{alpha}" for C in (2, 3) for alpha in (1, 2, 3, 4, 8)]
     for key in entries:
         C, alpha, candidates = int(key.split("_")[1]), float(key.split("_")[3]), []
-        for kept in combinations((3, 5, 7), C):  # which two classes are the first is the seed's affair
+        for kept in itertools.combinations((3, 5, 7), C):  # which two classes are the first is the seed's affair
             rows = [i for i, y in enumerate(labels.tolist()) if y in kept]
             y, m = labels[rows].tolist(), len(rows)
             bound = np.mean([math.log(1 + (y.count(c) - 1) * math.exp(2 * alpha) / (m - y.count(c))) for c in y])
@@ -2114,3 +2117,156 @@ def test_report_refuses_what_is_no_run(tmp_path, capsys):
             balcon.main(["--report", str(folder)])
         error = capsys.readouterr().err
         assert exit.value.code == 2 and said in error and error.count("\n") == 1
+
+
+# ------------------------------------------ benchmark ------------------------------------------
+def torchvision_pipeline(cfg):
+    """The same augmentation, one image after another, by torchvision.transforms.v2."""
+    T = torchvision.transforms.v2
+    parts = {
+        "crop": T.RandomResizedCrop(cfg.size, cfg.crop_scale, antialias=True), "flip": T.RandomHorizontalFlip(),
+        "color_jitter": T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), "grayscale": T.RandomGrayscale(0.2),
+        "gaussian_blur": T.RandomApply([T.GaussianBlur(23, (0.1, 2.0))], 0.5)}
+    return T.Compose([*(parts[part] for part in cfg.parts), T.ToImage(), T.ToDtype(torch.float32, scale=True),
+                      T.Normalize(balcon.MEAN, balcon.STD)])
+
+
+def seconds(call, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def in_turns(calls, device, repeats=7):
+    """Median seconds of each call, after one warm-up of each; the calls take turns, so that noise hits all alike."""
+    times = [[seconds(call, device) for call in calls.values()] for _ in range(repeats + 1)][1:]
+    return dict(zip(calls, map(statistics.median, zip(*times))))
+
+
+def _loss_on_its_own(_, size, dim, block, path):
+    """Seconds and peak memory in MB of the loss and its gradient, in a process that does nothing else."""
+    cuda = torch.cuda.is_available()
+    z = torch.randn(2, size // 2, dim, device="cuda" if cuda else "cpu", requires_grad=True)
+    balanced_contrastive_loss(*z[:, :8], 2, 4).backward()  # warm up
+
+    def peak():
+        if cuda:
+            return torch.cuda.max_memory_allocated() / 1e6
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+    before, times = peak(), []
+    for _ in range(5 if size < 20_000 or cuda else 1):
+        z.grad = None
+        times.append(seconds(lambda: balanced_contrastive_loss(*z, 2, 4, block=block).backward(), z.device))
+    torch.save((statistics.median(times), peak() - before), path)
+
+
+def benchmark(argv):
+    """Print and store where the time of a training step goes: python test_balcon.py benchmark [flags of balcon.py]
+
+    Every ratio is of medians that were measured in turns in this run.
+    """
+    cfg = balcon.parse_flags(argv)
+    device = torch.device("cuda", balcon.LOCAL_RANK) if torch.cuda.is_available() else CPU
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    train, _ = balcon.load_data(cfg, device)
+    n, m, lead = len(train.labels), cfg.batch_size, balcon.rank() == 0
+    if m > n:
+        raise balcon.UserError(f"--batch-size {m} is more than the {n} training images")
+    views, plain = balcon.Views(cfg.parts, cfg.size, cfg.crop_scale), torchvision_pipeline(cfg)
+    encoder = balcon.Encoder(cfg.backbone, cfg.stem, cfg.projector, cfg.size)
+    encoder = encoder.to(device, memory_format=torch.channels_last).train()
+    model = balcon.distribute(encoder, device)
+    model = torch.compile(model) if cfg.compile else model
+    optimizer = torch.optim.SGD(encoder.parameters(), 1e-6, momentum=0.9, weight_decay=1e-4)
+    order = ((step, torch.randperm(n, generator=balcon.rng(step))[:m]) for step in itertools.count())
+    batches = train.batches(order, views, n=2, key=("benchmark",), shared=True)
+    x = next(batches)[0]
+    z = torch.randn(len(x), cfg.projector[-1], device=device)
+
+    def update(x, backward):
+        with balcon.autocast(device):
+            out = model(x)
+        optimizer.zero_grad(set_to_none=True)
+        backward(out)
+        optimizer.step()
+
+    def loss(z):
+        balcon.LOSSES[cfg.loss](*z.chunk(2), cfg.alpha, cfg.lam, cfg.similarity).backward()
+
+    def whole_steps(k):
+        for _ in range(k):
+            update(next(batches)[0], loss)
+
+    rows, key = torch.arange(m), itertools.count()
+    calls = {"network": (2 * m, lambda: update(x, lambda out: out.float().backward(z))),
+             "loss": (2 * m, lambda: loss(z.detach().requires_grad_())),
+             "gather": (2 * m, lambda: balcon.gather(z))}
+    if isinstance(train, balcon.InMemory):
+        some = train.pixels[:128].cpu()
+        calls["step"] = 2 * m, lambda: whole_steps(1)
+        calls["views"] = 2 * m, lambda: next(train.batches([(next(key), rows)], views, n=2, shared=True))
+        calls["views_by_torchvision"] = 256, lambda: [(plain(image), plain(image)) for image in some]
+    else:  # the workers run ahead while others are timed, so several steps
+        k, alone = 2 * cfg.workers + 3, copy.copy(train)
+        alone.workers, some = 0, [str(path) for path in train.paths[:32]]
+
+        def by_pillow():
+            for path in some:
+                image = Image.open(path).convert("RGB")
+                plain(image), plain(image)
+        calls["step"] = 2 * m * k, lambda: whole_steps(k)
+        calls["views"] = 64, lambda: next(alone.batches([(next(key), torch.arange(32))], views, n=2))
+        calls["views_by_torchvision"] = 64, by_pillow
+    times = in_turns({name: call for name, (_, call) in calls.items()}, device)
+    per_second = {name: count / times[name] for name, (count, _) in calls.items()}
+    step = 2 * m / per_second["step"]
+    report = {"views_per_second": per_second, "step_over_network": per_second["step"] / per_second["network"],
+              "share_of_step": {name: 2 * m / per_second[name] / step for name in ("views", "loss", "gather")},
+              "views_over_torchvision": per_second["views"] / per_second["views_by_torchvision"],
+              "recipe_hours": cfg.epochs * (n // m) * step / 3600}
+    if device.type == "cuda":
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            calls["network"][1]()
+        a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+        reach = 2 * 8192 ** 3 / in_turns({"": lambda: a @ a}, device)[""] / 1e12
+        achieved = counter.get_total_flops() / times["step"] / 1e12
+        report.update(tflops=achieved, share_of_matmul=achieved / reach,
+                      peak_step_mb=torch.cuda.max_memory_allocated() / 1e6)
+    else:
+        report["peak_process_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    if lead:
+        for name, value in balcon.flat(report).items():
+            print(f"{name:45} {value:.4g}", flush=True)
+    sizes = [(1024, 128), (1024, 2048), (8192, 128), (8192, 2048), (32768, 128), (32768, 2048)]
+    for size, dim in sizes[:None if device.type == "cuda" else -1] if balcon.world_size() == 1 else ():
+        for block in (2 ** 26, 2 ** 40)[:1 + (size > 8192)]:  # in blocks, and all similarities at once
+            with tempfile.TemporaryDirectory() as folder:
+                torch.multiprocessing.spawn(_loss_on_its_own, (size, dim, block, f"{folder}/x"))
+                took, peak = torch.load(f"{folder}/x")
+            name = f"loss_{size}x{dim}" + "_at_once" * (block > 2 ** 26)
+            report[name] = {"seconds": took, "peak_mb": peak}
+            print(f"{name:45} {took:.4g} s, {peak:.0f} MB", flush=True)
+    if lead:
+        path = cfg.out / "benchmark.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        report.update(config=balcon.public(cfg), environment=balcon.environment())
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        print(path)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["benchmark"]:
+        sys.exit("usage: pytest, or: python test_balcon.py benchmark [flags of balcon.py]")
+    try:
+        benchmark(sys.argv[2:])
+    except Exception as error:
+        sentence, code = balcon.explain(error)
+        if code is None:
+            raise
+        sys.exit(f"balcon: {sentence}")
