@@ -737,7 +737,7 @@ def test_end_to_end_again_and_on_two_processes(tmp_path):
 def _steps_on_a_rank(rank, world, folder):
     """Twenty training steps of a small network in float64: in float32, batch norm amplifies rounding."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    cfg = balcon.parse_flags(["--limit", "64", "--out", f"{folder}/none"])
+    cfg = balcon.parse_flags(["--limit", "64", "--epochs", "0", "--out", f"{folder}/none"])
     train, _ = balcon.load_data(cfg, CPU)
     torch.manual_seed(0)
     model = balcon.distribute(torch.nn.Sequential(
@@ -1377,7 +1377,8 @@ def test_torchvisions_layout(dataset, monkeypatch, tmp_path):
                 self.data, self.labels = pixels.transpose(0, 3, 1, 2), np.array([0, 1, 2, 0, 1, 2] + [-1] * 6)
 
     monkeypatch.setattr(torchvision.datasets, dataset, Fake)
-    cfg = balcon.parse_flags(["--dataset", dataset.lower(), "--data", str(tmp_path / "d"), "--limit", "6"])
+    cfg = balcon.parse_flags([
+        "--dataset", dataset.lower(), "--data", str(tmp_path / "d"), "--limit", "6", "--epochs", "0"])
     train, test = balcon.load_data(cfg, CPU)
     assert train.labels.bincount().tolist() == [2, 2, 2] and len(test.labels) == 12
     assert torch.equal(test.pixels, torch.from_numpy(pixels).permute(0, 3, 1, 2))
