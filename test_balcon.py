@@ -6,6 +6,7 @@
     python test_balcon.py benchmark --dataset cifar10       # where the time of a training step goes
 """
 import collections
+import contextlib
 import copy
 import functools
 import inspect
@@ -984,14 +985,6 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     assert all(torch.equal(resumed[name], value) for name, value in reference.items())
 
 
-def test_torchrun_restarts_after_a_rank_was_killed(tmp_path, whole):
-    run = subprocess.Popen(command(*LONG, "--out", tmp_path, processes=2, restarts=3), stderr=subprocess.DEVNULL)
-    wait_for((tmp_path / "last.pt").exists, run)
-    os.kill(children(run.pid)[1], signal.SIGKILL)
-    assert run.wait(timeout=300) == 0
-    assert_same_run(tmp_path, whole(2))
-
-
 def test_a_dead_rank_ends_all(tmp_path):
     run = subprocess.Popen(command(*LONG, "--epochs", "2000", "--out", tmp_path, processes=2), stderr=subprocess.PIPE)
     wait_for((tmp_path / "last.pt").exists, run)
@@ -1292,6 +1285,20 @@ def test_fault_campaign(processes, tmp_path):
         assert_same_run(out, tmp_path / "whole")
         count["trials recovered to the bit"] += 1
     print(f"\n{processes} processes, a whole run takes {length:.0f} s:", dict(count))
+
+
+@pytest.mark.faults
+def test_torchrun_restarts_after_a_rank_was_killed(tmp_path, whole):
+    run = subprocess.Popen(command(*LONG, "--out", tmp_path, processes=2, restarts=3), stderr=subprocess.DEVNULL)
+    wait_for((tmp_path / "last.pt").exists, run)
+    os.kill(children(run.pid)[1], signal.SIGKILL)
+    try:
+        assert run.wait(timeout=300) == 0  # if not: gloo's processes did not find one another again
+    finally:
+        for pid in processes_of(run.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert_same_run(tmp_path, whole(2))
 
 
 def _one_trajectory_on_a_rank(rank, world, folder):
