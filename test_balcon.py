@@ -2155,7 +2155,7 @@ def in_turns(calls, device, repeats=7):
     return dict(zip(calls, map(statistics.median, zip(*times))))
 
 
-def _loss_on_its_own(_, size, dim, block, path):
+def _loss_on_its_own(_, size, dim, path):
     """Seconds and peak memory in MB of the loss and its gradient, in a process that does nothing else."""
     cuda = torch.cuda.is_available()
     z = torch.randn(2, size // 2, dim, device="cuda" if cuda else "cpu", requires_grad=True)
@@ -2169,7 +2169,7 @@ def _loss_on_its_own(_, size, dim, block, path):
     before, times = peak(), []
     for _ in range(5 if size < 20_000 or cuda else 1):
         z.grad = None
-        times.append(seconds(lambda: balanced_contrastive_loss(*z, 2, 4, block=block).backward(), z.device))
+        times.append(seconds(lambda: balanced_contrastive_loss(*z, 2, 4).backward(), z.device))
     torch.save((statistics.median(times), peak() - before), path)
 
 
@@ -2253,13 +2253,10 @@ def benchmark(argv):
             print(f"{name:45} {value:.4g}", flush=True)
     sizes = [(1024, 128), (1024, 2048), (8192, 128), (8192, 2048), (32768, 128), (32768, 2048)]
     for size, dim in sizes[:None if device.type == "cuda" else -1] if balcon.world_size() == 1 else ():
-        for block in (2 ** 26, 2 ** 40)[:1 + (size > 8192)]:  # in blocks, and all similarities at once
-            with tempfile.TemporaryDirectory() as folder:
-                torch.multiprocessing.spawn(_loss_on_its_own, (size, dim, block, f"{folder}/x"))
-                took, peak = torch.load(f"{folder}/x")
-            name = f"loss_{size}x{dim}" + "_at_once" * (block > 2 ** 26)
-            report[name] = {"seconds": took, "peak_mb": peak}
-            print(f"{name:45} {took:.4g} s, {peak:.0f} MB", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(_loss_on_its_own, (size, dim, f"{folder}/x"))
+            report[f"loss_{size}x{dim}"] = took, peak = torch.load(f"{folder}/x")  # seconds, MB
+        print(f"loss_{size}x{dim}".ljust(45), f"{took:.4g} s, {peak:.0f} MB", flush=True)
     if lead:
         path = cfg.out / "benchmark.json"
         path.parent.mkdir(parents=True, exist_ok=True)
