@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Tests of balcon.py against independent oracles: plain loops in float64, closed forms, torchvision.
 
-    pytest                  # a few minutes on two cores, no network, no data
+    pytest                  # eight minutes on two cores, no network, no data
     pytest -m faults -s     # a campaign of faults on real runs, 20 minutes; prints what it did
     python test_balcon.py benchmark --dataset cifar10       # where the time of a training step goes
 """
