@@ -33,6 +33,7 @@ import argparse
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -62,7 +63,7 @@ except ImportError:  # Windows: a run directory is not locked there
 
 # ------------------------------------------ losses ---------------------------------------------
 def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_positive=False,
-                              labels=None, block=2 ** 26):
+                              labels=None, block=2 ** 22):
     """Balanced contrastive loss, Eq. 17: −s(z, z⁺) + λ (1/α) log Σ_{z⁻} exp(α s(z, z⁻)).
 
     z1, z2: [m, d], two views; row i of both shows the same image. Returns a scalar: the mean over
@@ -106,16 +107,17 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_
         return grad
 
     with torch.autocast(z1.device.type, enabled=False):
-        z = torch.cat([z1, z2])  # [2m, d] anchors
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z1, z2)]
         if similarity == "cosine":
-            z = F.normalize(z, dim=1)
+            z = [F.normalize(x, dim=1) for x in z]
+        z = alpha ** 0.5 * torch.cat(z)  # [2m, d] anchors, so long that z·z' = α s(z, z')
         candidates = z if world == 1 else gather(z)  # [2M, d] with M = world·m
         if world > 1 and z.requires_grad:
             candidates.register_hook(sum_over_ranks)
-        positive = (z * z.roll(m, 0)).sum(1)  # [2m]; rolling by m swaps the views
+        z1, z2 = z.view(2, m, -1)
+        positive = torch.linalg.vecdot(z1, z2)  # [m]: an image's two views share it
         if similarity == "euclidean":
-            positive = -(z - z.roll(m, 0)).square().sum(1)
+            positive = -(z1 - z2).square().sum(1)
 
         # An anchor repels all candidates but those of its own group.
         view = torch.arange(2 * m * world, device=z.device)
@@ -128,10 +130,12 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_
             group = view // (2 * m) * m + view % m  # its image: itself and its positive
 
         def repelling(z, own):  # anchors [r, d], their groups [r] -> [r]
-            s = alpha * z @ candidates.T  # [r, 2M]
+            s = z @ candidates.T  # [r, 2M]
             if similarity == "euclidean":  # −‖a − b‖² = 2a·b − ‖a‖² − ‖b‖²
-                s = 2 * s - alpha * (z.square().sum(1, keepdim=True) + candidates.square().sum(1))
-            return s.masked_fill(own[:, None] == group, -math.inf).logsumexp(1) / alpha
+                s = 2 * s - z.square().sum(1, keepdim=True) - candidates.square().sum(1)
+            with torch.no_grad():  # in place: e^−∞ = 0 is their gradient as well, and no pass is spent on a copy
+                s.masked_fill_(own[:, None] == group, -math.inf)
+            return s.logsumexp(1)
 
         anchors = z, group[rank * 2 * m:(rank + 1) * 2 * m]
         rows = max(1, block // len(candidates))
@@ -142,7 +146,7 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_
                                for part in zip(*(x.split(rows) for x in anchors))])
         if labels is not None and repel.isneginf().any():
             raise ValueError("an image has no negatives: all others are of its class")
-        return (lam * repel - positive).mean()
+        return (lam * repel.mean() - positive.mean()) / alpha
 
 def generalized_nt_xent_loss(z1, z2, alpha, lam, similarity="cosine"):
     """Generalized NT-Xent loss (Section 6): Eq. 17 with the positive also in the log-sum-exp.
@@ -224,18 +228,39 @@ class Views:
         }
         return {part: draws[part]() for part in self.parts}
 
+    def draw_batch(self, n, rows, mine, *key):
+        """n views of each of the rows, view by view, drawn for all and cut to `mine`: the same on 1 and N processes."""
+        t = self.draw(n * len(rows), rng(*key))
+        return {part: value.unflatten(0, (n, len(rows)))[:, mine].flatten(0, 1) for part, value in t.items()}
+
+    def without(self, *parts):
+        return Views([part for part in self.parts if part not in parts], self.size, self.crop_scale)
+
     def apply(self, x, t):
-        """x: [n, 3, H, W] uint8 -> t(x): [n, 3, size, size] float32, normalised."""
+        """x: [n, 3, H, W] uint8, t on the CPU -> t(x): [n, 3, size, size] float32, normalised."""
         x = x.float() / 255
         for part, value in t.items():
             if part == "crop":
-                x = crop_resize(x, crop_box(value, *x.shape[-2:]).to(x.device), self.size)
+                x = crop_resize(x, send(crop_box(value, *x.shape[-2:]), x.device), self.size)
             else:
-                x = OPERATIONS[part](x, value.to(x.device))
+                x = OPERATIONS[part](x, value)
         return normalize(x)
 
+def send(x, device):
+    """To the device, which is still at work on the last step: without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+def change(x, chosen, operation, *parameters):
+    """x[i] = operation(x[i], parameters[i]) for the images i that are `chosen` [n]: looked up on the CPU, again
+    so as not to wait."""
+    i = chosen.nonzero().squeeze(1)
+    place = send(i, x.device)
+    x[place] = operation(x[place], *(send(parameter[i], x.device) for parameter in parameters))
+    return x
+
 def normalize(x):
-    return (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
+    mean, std = send(torch.tensor([MEAN, STD]), x.device)[..., None, None]
+    return (x - mean) / std
 
 def crop_box(t, height, width):
     """t: [n, 10, 4] -> [n, 4] (top, left, height, width), whole pixels: the first candidate that
@@ -269,7 +294,7 @@ def crop_resize(x, box, size):
     return weights(top, h, height)[:, None] @ x.view(n, 3, height, size)
 
 def gray(x):
-    return (x * x.new_tensor(GRAY)[:, None, None]).sum(-3, keepdim=True)
+    return sum(weight * x[..., i:i + 1, :, :] for i, weight in enumerate(GRAY))  # [..., 1, H, W]
 
 def blend(x, other, factor):
     return (factor * x + (1 - factor) * other).clamp(0, 1)
@@ -281,7 +306,7 @@ def shift_hue(x, shift):
     safe = torch.where(chroma == 0, 1, chroma)
     hue = torch.where(value == r, (g - b) / safe,
                       torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))  # sixths
-    k = (x.new_tensor([5, 3, 1])[:, None, None] + (hue.unsqueeze(-3) + 6 * shift)) % 6
+    k = (torch.arange(5, 0, -2, device=x.device)[:, None, None] + (hue.unsqueeze(-3) + 6 * shift)) % 6
     return value.unsqueeze(-3) - chroma.unsqueeze(-3) * torch.minimum(k, 4 - k).clamp(0, 1)
 
 def color_jitter(x, t):
@@ -292,49 +317,45 @@ def color_jitter(x, t):
     factor, order = t.unbind(1)  # [n, 4] each
     for turn in range(4):
         for kind in range(4):
-            i = (order[:, turn] == kind).nonzero().squeeze(1)
-            x[i] = adjust[kind](x[i], factor[i, kind, None, None, None])
+            x = change(x, order[:, turn] == kind, adjust[kind], factor[:, kind, None, None, None])
     return x
 
 def gaussian_blur(x, sigma, radius=11):
-    """x: [n, 3, S, S], sigma: [n] (0: untouched). Kernel of 2·radius + 1 pixels, reflected borders:
-    one matrix per image, used on both axes. 23 pixels are SimCLR's tenth of 224; σ ≤ 2 needs 13."""
-    i = sigma.nonzero().squeeze(1)
+    """x: [n, 3, S, S], sigma: [n]. Kernel of 2·radius + 1 pixels, reflected borders: one matrix per
+    image, used on both axes. 23 pixels are SimCLR's tenth of 224; σ ≤ 2 needs 13."""
     row = torch.arange(x.shape[-1], device=x.device)[:, None]
     col, last = row.T, x.shape[-1] - 1
     radius = min(radius, last)
 
     def kernel(distance):
-        return torch.exp(-0.5 * (distance / sigma[i, None, None]) ** 2) * (distance.abs() <= radius)
+        return torch.exp(-0.5 * (distance / sigma[:, None, None]) ** 2) * (distance.abs() <= radius)
 
     total = kernel(torch.arange(-radius, radius + 1, device=x.device)).sum(-1, keepdim=True)
     blur = (kernel(row - col) + kernel(row + col) * (col > 0)  # reflected at the first pixel
             + kernel(2 * last - row - col) * (col < last)) / total  # and at the last
-    x[i] = blur[:, None] @ x[i] @ blur[:, None].mT
-    return x
+    return blur[:, None] @ x @ blur[:, None].mT
 
 def random_cutout(x, centre):
     """A square of half the side around `centre` [n, 2], cut at the border, becomes the mean colour."""
     size = x.shape[-1]
-    inside = (torch.arange(size, device=x.device) - (centre * size).floor()[..., None] + size // 4)
-    inside = (inside >= 0) & (inside < size // 2) & (centre >= 0)[..., None]  # [n, 2, S]
+    inside = torch.arange(size, device=x.device) - (centre * size).floor()[..., None] + size // 4
+    inside = (inside >= 0) & (inside < size // 2)  # [n, 2, S]
     hole = inside[:, None, 0, :, None] & inside[:, None, 1, None, :]
-    return torch.where(hole, x.new_tensor(MEAN)[:, None, None], x)
+    return torch.where(hole, send(torch.tensor(MEAN), x.device)[:, None, None], x)
 
 def random_rotation(x, quarter_turns):
     for turns in (1, 2, 3):
-        i = (quarter_turns == turns).nonzero().squeeze(1)
-        x[i] = x[i].rot90(turns, (-2, -1))
+        x = change(x, quarter_turns == turns, lambda x: x.rot90(turns, (-2, -1)))
     return x
 
-OPERATIONS = {  # images [n, 3, S, S] in [0, 1], parameters [n, ...] -> images
-    "flip": lambda x, chosen: torch.where(chosen[:, None, None, None], x.flip(-1), x),
+OPERATIONS = {  # images [n, 3, S, S] in [0, 1], which may be changed in place; parameters [n, ...], on the CPU
+    "flip": lambda x, chosen: change(x, chosen, lambda x: x.flip(-1)),
     "color_jitter": color_jitter,
-    "grayscale": lambda x, chosen: torch.where(chosen[:, None, None, None], gray(x), x),
-    "gaussian_blur": gaussian_blur,
-    "random_cutout": random_cutout,
+    "grayscale": lambda x, chosen: change(x, chosen, gray),
+    "gaussian_blur": lambda x, sigma: change(x, sigma > 0, gaussian_blur, sigma),
+    "random_cutout": lambda x, centre: change(x, centre[:, 0] >= 0, random_cutout, centre),
     "random_rotation": random_rotation,
-    "gaussian_noise": lambda x, noise: (x + noise).clamp(0, 1),
+    "gaussian_noise": lambda x, noise: (x + send(noise, x.device)).clamp(0, 1),
 }
 DROPPABLE = {"gaussian_blur": ("gaussian_blur",), "color_distortion": ("color_jitter", "grayscale")}
 ADDABLE = ("random_cutout", "random_rotation", "gaussian_noise", "gaussian_blur")
@@ -375,14 +396,12 @@ class InMemory:
         """
         for number, rows in order:
             mine = share(len(rows)) if shared else slice(None)
-            x = self.pixels[rows[mine].to(self.device)]
+            x = self.pixels[send(rows[mine], self.device)]
             if views is None:
                 x = normalize(x.float() / 255)
             else:
-                t = views.draw(n * len(rows), rng(*key, number))
-                t = {part: value.unflatten(0, (n, len(rows)))[:, mine].flatten(0, 1) for part, value in t.items()}
-                x = views.apply(x.repeat(n, 1, 1, 1), t)
-            yield x.contiguous(memory_format=torch.channels_last), self.labels[rows[mine]].to(self.device)
+                x = views.apply(x.repeat(n, 1, 1, 1), views.draw_batch(n, rows, mine, *key, number))
+            yield x.contiguous(memory_format=torch.channels_last), send(self.labels[rows[mine]], self.device)
 
 class OnDisk(torch.utils.data.Dataset):
     """Large images in files: worker processes decode and crop, the device does the rest."""
@@ -396,32 +415,33 @@ class OnDisk(torch.utils.data.Dataset):
         return OnDisk(self.paths[rows], self.labels[rows], self.classes, self.device, self.size, self.workers)
 
     def batches(self, order, views=None, n=1, key=(), shared=False):
-        """As InMemory.batches, but t is drawn in the worker, from (key, number, row)."""
-        reader = copy.copy(self)
-        reader.views, reader.n, reader.key = views, n, key
+        """As InMemory.batches, but an image's crops are drawn by the worker, from (key, number, row)."""
+        reader, (order, ahead) = copy.copy(self), itertools.tee(order)
+        reader.crops, reader.n, reader.key = views and views.without(*OPERATIONS), n, key
         rows_of_rank = ([(number, row) for row in (rows[share(len(rows))] if shared else rows).tolist()]
-                        for number, rows in order)
+                        for number, rows in ahead)
         loader = torch.utils.data.DataLoader(
             reader, batch_sampler=rows_of_rank, num_workers=self.workers, worker_init_fn=leave_process_group,
             pin_memory=self.device.type == "cuda")
-        for crops, t, labels in loader:  # [b, n, 3, S, S] uint8, {part: [b, n, ...]}, [b]
-            x = crops.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
-            t = {part: value.transpose(0, 1).flatten(0, 1) for part, value in t.items()}
-            x = views.apply(x, t) if views else normalize(x.float() / 255)
-            yield x.contiguous(memory_format=torch.channels_last), labels.to(self.device)
+        for (number, rows), (crops, labels) in zip(order, loader):  # crops: [b, n, 3, S, S] uint8
+            x = send(crops, self.device).transpose(0, 1).flatten(0, 1)
+            mine = share(len(rows)) if shared else slice(None)
+            colour = views and views.without("crop")
+            x = colour.apply(x, colour.draw_batch(n, rows, mine, *key, number)) if views else normalize(x.float() / 255)
+            yield x.contiguous(memory_format=torch.channels_last), send(labels, self.device)
 
     def __getitem__(self, number_and_row):  # one decode serves all n crops
         row = number_and_row[1]
-        image, t = read_image(str(self.paths[row])), {}
-        if self.views:
-            t = self.views.draw(self.n, rng(*self.key, *number_and_row))
-            boxes = crop_box(t.pop("crop"), image.height, image.width).tolist()
+        image = read_image(str(self.paths[row]))
+        if self.crops:
+            t = self.crops.draw(self.n, rng(*self.key, *number_and_row))
+            boxes = crop_box(t["crop"], image.height, image.width).tolist()
         else:  # Resize(S / 0.875) and CenterCrop(S), in one resampling
             side = max(1, round(0.875 * min(image.size)))
             boxes = [(round((image.height - side) / 2), round((image.width - side) / 2), side, side)] * self.n
         crops = [image.crop((left, top, left + w, top + h)).resize((self.size, self.size), Image.Resampling.BILINEAR)
                  for top, left, h, w in boxes]  # antialiased
-        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), t, self.labels[row]
+        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), self.labels[row]
 
 def leave_process_group(worker):
     """Ctrl-C and torchrun signal a whole group: decoding goes on while the main process saves and stops."""

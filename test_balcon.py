@@ -400,7 +400,7 @@ def test_other_operations_are_torchvisions(images):
         got = op(images.clone(), chosen)
         assert all(torch.allclose(y, oracle(x) if c else x, atol=1e-5) for x, y, c in zip(images, got, chosen))
     sigma = torch.tensor([0.0, 0.1, 0.7, 1.3, 2.0, 2.0])
-    got = balcon.gaussian_blur(square.clone(), sigma)
+    got = balcon.OPERATIONS["gaussian_blur"](square.clone(), sigma)
     assert torch.equal(got[0], square[0])
     for x, y, s in zip(square[1:], got[1:], sigma[1:].tolist()):
         assert torch.allclose(y, TF.gaussian_blur(x, [23, 23], [s, s]), atol=1e-5)
@@ -409,7 +409,7 @@ def test_other_operations_are_torchvisions(images):
     assert all(torch.allclose(y, TF.rotate(x, 90.0 * k), atol=1e-5) for x, y, k in zip(square, got, turns.tolist()))
     centre = torch.tensor([[0.5, 0.5], [-1, -1], [0.0, 0.99], [0.99, 0.0], [0.33, 0.72], [0.72, 0.33]])
     mean = torch.tensor(balcon.MEAN)[:, None, None]
-    for x, y, (a, b) in zip(square, balcon.random_cutout(square.clone(), centre), centre.tolist()):
+    for x, y, (a, b) in zip(square, balcon.OPERATIONS["random_cutout"](square.clone(), centre), centre.tolist()):
         top, left = int(a * 20) - 5, int(b * 20) - 5
         i, j, i2, j2 = max(top, 0), max(left, 0), min(top + 10, 20), min(left + 10, 20)
         assert torch.allclose(y, TF.erase(x, i, j, i2 - i, j2 - j, mean) if a >= 0 else x)
@@ -418,6 +418,32 @@ def test_other_operations_are_torchvisions(images):
     got = balcon.OPERATIONS["gaussian_noise"](square, noise)
     assert torch.allclose(got, TF.gaussian_noise(square, sigma=0.1), atol=1e-5)
     assert torch.allclose(balcon.normalize(images), TF.normalize(images, balcon.MEAN, balcon.STD), atol=1e-5)
+
+
+def all_views(size=32):
+    return balcon.Views(("crop", "flip", "color_jitter", "grayscale", *balcon.ADDABLE), size, (0.08, 1))
+
+
+def test_no_part_of_the_views_asks_what_the_device_has_computed():
+    # tensors on "meta" have shapes and no values: what would have to wait for a GPU's values fails there
+    t = all_views().draw(8, balcon.rng(0))
+    assert all_views().apply(torch.zeros(8, 3, 40, 40, dtype=torch.uint8, device="meta"), t).shape == (8, 3, 32, 32)
+    with pytest.raises(NotImplementedError):
+        torch.zeros(8, device="meta").nonzero()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_a_training_step_never_waits_for_the_gpu():
+    data = balcon.InMemory(torch.zeros(8, 3, 40, 40, dtype=torch.uint8), torch.zeros(8), [], torch.device("cuda"))
+    batches = data.batches(((step, torch.arange(8)) for step in itertools.count()), all_views(), n=2)
+    next(batches)  # the first time, libraries are loaded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        z1, z2 = next(batches)[0].flatten(1).requires_grad_().chunk(2)
+        for loss in balcon.LOSSES.values():
+            loss(z1, z2, 2, 4).backward(retain_graph=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (40, 300), (300, 41), (1, 1)])
