@@ -1817,6 +1817,8 @@ def explain(error):
         return f"{text.splitlines()[0]} Fewer --workers need less memory", 2
     if isinstance(error, OSError):
         return text, 2
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile does not work here, leave it out: {text.splitlines()[0]}", 2
     if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in text):
         return f"rank {rank()} has lost another rank, whose own error says why", 1
     return text, None

@@ -2154,6 +2154,32 @@ def test_report_refuses_what_is_no_run(tmp_path, capsys):
 
 
 # ------------------------------------------ benchmark ------------------------------------------
+def test_benchmark_says_in_one_sentence_what_is_wrong(tmp_path, monkeypatch):
+    with pytest.raises(balcon.UserError, match="is more than the 4096"):
+        benchmark(["--batch-size", "5000", "--out", str(tmp_path / "x")])
+    with pytest.raises(balcon.UserError, match="train does not exist"):
+        benchmark(["--dataset", "folder", "--data", str(tmp_path), "--out", str(tmp_path / "x")])
+    whole = balcon.Encoder.forward
+
+    def on_a_small_machine(self, x):
+        if len(x) > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return whole(self, x)
+
+    monkeypatch.setattr(balcon.Encoder, "forward", on_a_small_machine)
+    with pytest.raises(balcon.UserError, match="--batch-size 64 does not fit into the memory, 16 does"):
+        benchmark(["--batch-size", "64", "--out", str(tmp_path / "x")])
+
+
+def test_compile_without_a_compiler_is_one_sentence(tmp_path):
+    done = subprocess.run([sys.executable, balcon.__file__, "--limit", "64", "--batch-size", "32", "--epochs", "1",
+                           "--compile", "--out", str(tmp_path / "x")], capture_output=True, text=True,
+                          env={**os.environ, "CXX": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    if not torch.cuda.is_available():
+        assert done.returncode == 2 and "--compile does not work here, leave it out" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def torchvision_pipeline(cfg):
     """The same augmentation, one image after another, by torchvision.transforms.v2."""
     T = torchvision.transforms.v2
@@ -2185,12 +2211,14 @@ def _loss_on_its_own(_, size, dim, path):
     """Seconds and peak memory in MB of the loss and its gradient, in a process that does nothing else."""
     cuda = torch.cuda.is_available()
     z = torch.randn(2, size // 2, dim, device="cuda" if cuda else "cpu", requires_grad=True)
-    balanced_contrastive_loss(*z[:, :8], 2, 4).backward()  # warm up
+    for block in (1, 2 ** 22):  # warm up both ways
+        balanced_contrastive_loss(*z[:, :8], 2, 4, block=block).backward()
 
     def peak():
         if cuda:
             return torch.cuda.max_memory_allocated() / 1e6
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        status = Path("/proc/self/status").read_text()  # getrusage counts what the parent had as well
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1e3
 
     before, times = peak(), []
     for _ in range(5 if size < 20_000 or cuda else 1):
@@ -2202,7 +2230,8 @@ def _loss_on_its_own(_, size, dim, path):
 def benchmark(argv):
     """Print and store where the time of a training step goes: python test_balcon.py benchmark [flags of balcon.py]
 
-    Every ratio is of medians that were measured in turns in this run.
+    Every ratio is of medians that were measured in turns in this run. The share of the loss is that of the loss and its
+    gradient by themselves; a step's data are loaded, on a GPU or in workers, while the step before is computed.
     """
     cfg = balcon.parse_flags(argv)
     device = torch.device("cuda", balcon.LOCAL_RANK) if torch.cuda.is_available() else CPU
@@ -2218,12 +2247,9 @@ def benchmark(argv):
     model = balcon.distribute(encoder, device)
     model = torch.compile(model) if cfg.compile else model
     optimizer = torch.optim.SGD(encoder.parameters(), 1e-6, momentum=0.9, weight_decay=1e-4)
-    order = ((step, torch.randperm(n, generator=balcon.rng(step))[:m]) for step in itertools.count())
-    batches = train.batches(order, views, n=2, key=("benchmark",), shared=True)
-    x = next(batches)[0]
-    z = torch.randn(len(x), cfg.projector[-1], device=device)
 
     def update(x, backward):
+        encoder.train()
         with balcon.autocast(device):
             out = model(x)
         optimizer.zero_grad(set_to_none=True)
@@ -2233,14 +2259,39 @@ def benchmark(argv):
     def loss(z):
         balcon.LOSSES[cfg.loss](*z.chunk(2), cfg.alpha, cfg.lam, cfg.similarity).backward()
 
+    def fits(m):
+        try:
+            x = torch.zeros(2 * m // balcon.world_size(), 3, cfg.size, cfg.size, device=device)
+            return update(x.contiguous(memory_format=torch.channels_last), lambda out: loss(out.float())) is None
+        except (RuntimeError, MemoryError) as error:
+            if "out of memory" not in (balcon.explain(error)[0] or ""):
+                raise
+        torch.cuda.empty_cache()
+        return False
+
+    most = next((size for size in (m >> i for i in range(m.bit_length() - 1)) if fits(size)), 0)
+    if most < m:
+        raise balcon.UserError(f"--batch-size {m} does not fit into the memory, {most} does")
+    order = ((step, torch.randperm(n, generator=balcon.rng(step))[:m]) for step in itertools.count())
+    batches = train.batches(order, views, n=2, key=("benchmark",), shared=True)
+    x = next(batches)[0]
+    z = torch.randn(len(x), cfg.projector[-1], device=device)
+
     def whole_steps(k):
         for _ in range(k):
             update(next(batches)[0], loss)
 
+    @torch.no_grad()
+    def forward():
+        with balcon.autocast(device):
+            encoder.backbone.eval()(x[:m])
+
     rows, key = torch.arange(m), itertools.count()
     calls = {"network": (2 * m, lambda: update(x, lambda out: out.float().backward(z))),
              "loss": (2 * m, lambda: loss(z.detach().requires_grad_())),
-             "gather": (2 * m, lambda: balcon.gather(z))}
+             "gather": (2 * m, lambda: balcon.gather(z)),
+             "forward": (m, forward),
+             "features": (m, lambda: balcon.extract(encoder.backbone, train.select(rows), batch=m))}
     if isinstance(train, balcon.InMemory):
         some = train.pixels[:128].cpu()
         calls["step"] = 2 * m, lambda: whole_steps(1)
@@ -2249,6 +2300,15 @@ def benchmark(argv):
     else:  # the workers run ahead while others are timed, so several steps
         k, alone = 2 * cfg.workers + 3, copy.copy(train)
         alone.workers, some = 0, [str(path) for path in train.paths[:32]]
+        alone.crops, alone.n, alone.key = views.without(*balcon.OPERATIONS), 2, ()
+
+        def on_one_core(call):
+            def timed():
+                threads = torch.get_num_threads()
+                torch.set_num_threads(1)
+                call()
+                torch.set_num_threads(threads)
+            return timed
 
         def by_pillow():
             for path in some:
@@ -2256,14 +2316,19 @@ def benchmark(argv):
                 plain(image), plain(image)
         calls["step"] = 2 * m * k, lambda: whole_steps(k)
         calls["views"] = 64, lambda: next(alone.batches([(next(key), torch.arange(32))], views, n=2))
-        calls["views_by_torchvision"] = 64, by_pillow
+        calls["reader_per_core"] = 64, on_one_core(lambda: [alone[next(key), row] for row in range(32)])
+        calls["views_by_torchvision"] = 64, on_one_core(by_pillow)
     times = in_turns({name: call for name, (_, call) in calls.items()}, device)
     per_second = {name: count / times[name] for name, (count, _) in calls.items()}
     step = 2 * m / per_second["step"]
     report = {"views_per_second": per_second, "step_over_network": per_second["step"] / per_second["network"],
               "share_of_step": {name: 2 * m / per_second[name] / step for name in ("views", "loss", "gather")},
               "views_over_torchvision": per_second["views"] / per_second["views_by_torchvision"],
+              "features_over_forward": per_second["features"] / per_second["forward"],
               "recipe_hours": cfg.epochs * (n // m) * step / 3600}
+    if "reader_per_core" in per_second:
+        report["reader_over_torchvision"] = per_second["reader_per_core"] / per_second["views_by_torchvision"]
+        report["cores_per_device"] = per_second["network"] / balcon.world_size() / per_second["reader_per_core"]
     if device.type == "cuda":
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
             calls["network"][1]()
@@ -2277,6 +2342,7 @@ def benchmark(argv):
     if lead:
         for name, value in balcon.flat(report).items():
             print(f"{name:45} {value:.4g}", flush=True)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"  # else freed blocks stay, and look like a peak of the loss
     sizes = [(1024, 128), (1024, 2048), (8192, 128), (8192, 2048), (32768, 128), (32768, 2048)]
     for size, dim in sizes[:None if device.type == "cuda" else -1] if balcon.world_size() == 1 else ():
         with tempfile.TemporaryDirectory() as folder:
