@@ -1007,7 +1007,7 @@ def knn_predict(train_features, train_labels, test_features, k, *, split=False):
     if not 1 <= k <= total:
         raise ValueError(f"k = {k} neighbours of {total} images")
     predicted = []
-    for queries in F.normalize(test_features, dim=1).split(max(1, 2 ** 25 // longest)):
+    for queries in F.normalize(test_features, dim=1).split(max(1, 2 ** 23 // longest)):
         similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)))  # [q, k], nearest first
         voters = labels[nearest]
         if split:  # the k nearest of all are among the k nearest of each rank
