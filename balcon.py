@@ -174,13 +174,16 @@ def loss_floor(m, alpha, lam, repel_positive=False):
     that loss can prefer views that do not agree, which the balanced loss never does. There this is
     a bound, not shown to be reached.
     """
-    K, P = 2 * (m - 1), 1.0
+    K, P = 2 * (m - 1), best_positive_similarity(m, alpha, lam) if repel_positive else 1.0
     if not repel_positive:
         return -P + lam * (math.log(K) / alpha - (1 + P) / K)
-    if lam > 1:  # where the derivative in P vanishes: e^{α(P + (1+P)/K)} = (K + λ)/(λ − 1)
-        P = min(P, (K / alpha * math.log((K + lam) / (lam - 1)) - 1) / (K + 1))
     a, b = alpha * P, math.log(K) - alpha * (1 + P) / K  # log of the positive's and negatives' mass
     return -P + lam / alpha * (max(a, b) + math.log1p(math.exp(-abs(a - b))))
+
+def best_positive_similarity(m, alpha, lam):
+    """The mean positive similarity P at which NT-Xent's floor is lowest: it asks for no more agreement of views."""
+    K = 2 * (m - 1)  # the derivative in P vanishes where e^{α(P + (1+P)/K)} = (K + λ)/(λ − 1)
+    return min(1.0, (K / alpha * math.log((K + lam) / (lam - 1)) - 1) / (K + 1)) if lam > 1 else 1.0
 
 LOSSES = {"balanced": balanced_contrastive_loss, "ntxent": generalized_nt_xent_loss}
 
@@ -1266,7 +1269,9 @@ def repulsion(encoder, train, test, cfg):
     data, labels = theory_images(train, cfg)
     z, m = embed(encoder, data, cfg, "two views", n=2, groups=2)[0], min(cfg.batch_size, len(labels))
     found = false_negatives(z, labels, m, cfg)
-    return {"batch": m, "by_chance": next(iter(found.values()), {}).get("by_chance"), **{alpha: {
+    best = best_positive_similarity(m, cfg.alpha, cfg.lam) if cfg.loss == "ntxent" else 1.0
+    return {"batch": m, "positive_similarity": (z[:, 0] * z[:, 1]).sum(-1).mean().item(),
+            "best_positive_similarity": best, "by_chance": next(iter(found.values()), {}).get("by_chance"), **{alpha: {
         "same_class": x["share"], "same_class_times_lam": cfg.lam * x["share"],
         "ntxent_positive": x["positive"], "ntxent_same_class": x["share_beside_positive"]}
         for alpha, x in found.items()}}
@@ -1335,14 +1340,21 @@ def flat(tree, name=""):
     return {k: v for key, value in tree.items() for k, v in flat(value, f"{name} {key}".strip()).items()}
 
 def read_results(dirs):
-    """The results.json of all runs in `dirs`, figures under flat names; older configs are completed."""
-    runs = []
-    for folder in dirs:
-        if not any(folder.rglob("results.json")):
-            raise UserError(f"--report {folder}: no results.json there, nor in a directory there")
-    for path in sorted({path.resolve() for folder in dirs for path in folder.rglob("results.json")}):
+    """The results of all runs in `dirs`, figures under flat names; older configs are completed. A place is a directory
+    with results.json in it or below, or a page with one such JSON object a line, as RESULTS.md."""
+    runs, texts = [], {}
+    for place in dirs:
+        files = [place] if place.is_file() else place.rglob("results.json")
+        found = {path.resolve(): path.read_text(errors="replace") for path in files}
+        if place.is_file() and place.suffix != ".json":
+            found = {f"{place}, line {number}": line for number, line in enumerate(found.popitem()[1].splitlines(), 1)
+                     if line.startswith("{")}
+        if not found:
+            raise UserError(f"--report {place}: no results.json there, nor in a directory there, nor lines of a page")
+        texts.update(found)
+    for path, text in sorted(texts.items(), key=lambda item: str(item[0])):
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(text)
             config = {**COMMON, **RECIPES[found["config"]["dataset"]], **found.pop("config")}
             if not all(isinstance(x, (int, float)) for x in (found["seed"], config["alpha"], config["lam"])):
                 raise TypeError("its seed, alpha and lam are not numbers")
@@ -1379,11 +1391,12 @@ def over_seeds(runs, name):
     return mean, f"{mean:.{digits}f}{spread}" if values else "–"
 
 def correlation(x, y):
-    """Pearson's r with its 95 % interval (Fisher's z) and Spearman's ρ of figures without ties, as text."""
+    """Pearson's r with its 95 % interval (Fisher's z) and Spearman's ρ, as text."""
     x, y = (np.array(values)[np.isfinite(x) & np.isfinite(y)] for values in (x, y))
     if len(x) < 4:
         return "–"
-    r, rho = (np.corrcoef(a, b)[0, 1] for a, b in ((x, y), (x.argsort().argsort(), y.argsort().argsort())))
+    ranks = [((v[:, None] > v).sum(1) + (v[:, None] >= v).sum(1)) for v in (x, y)]  # twice the mean rank of equals
+    r, rho = (np.corrcoef(a, b)[0, 1] for a, b in ((x, y), ranks))
     low, high = np.tanh(np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12)) + np.array([-1.96, 1.96]) / math.sqrt(len(x) - 3))
     return f"r = {r:.2f} [{low:.2f}, {high:.2f}], ρ = {rho:.2f}"
 
@@ -1402,6 +1415,12 @@ def number(x):
 def bounds_table(title, kept):
     markdown(title, [["epoch", "gap of Eq. 8, attracting", "gap of Eq. 10, repelling"]] + [
         [at["epoch"], number(at["attract_gap"]), number(at["repel_gap"])] for at in kept])
+
+FIG_5 = {  # the paper's linear accuracies on CIFAR-10, 200 epochs; rows α = 1, 2, 4, 8, columns λ = 1, 2, 4, 8
+    "balanced": [[82.92, 84.43, 84.76, 84.43], [84.07, 85.26, 86.08, 85.13],
+                 [86.02, 85.83, 84.48, 83.83], [85.26, 84.51, 82.95, 80.41]],
+    "ntxent": [[82.38, 84.38, 85.03, 83.63], [84.95, 84.99, 85.85, 84.05],
+               [84.83, 84.89, 84.05, 77.95], [82.99, 77.67, 75.23, 70.42]]}
 
 def report(dirs, out):
     """Print Markdown tables that compare finished runs; with matplotlib, draw them as SVG into `out`.
@@ -1435,11 +1454,23 @@ def report(dirs, out):
             markdown(title, [["", *(f"λ = {lam:g}" for lam in lams)]] + [
                 [f"α = {alpha:g}", *(f"**{text}**" if mean == np.nanmax(means) else text for mean, text in row)]
                 for alpha, row in zip(alphas, grid)])
-            figures.append((f"grid_{loss}_{metric}", title, (alphas, lams, means)))
+            paper = FIG_5[loss] if group[0]["config"]["dataset"] == "cifar10" and alphas == lams == [1, 2, 4, 8] else None
+            if paper and not np.isnan(means).any():
+                print(f"\nwith the paper's grid (Fig. 5, linear): {correlation(means.flatten(), np.ravel(paper))}")
+            figures.append((f"grid_{loss}_{metric}", title, (alphas, lams, means, paper)))
+    for cells in comparable(runs, "alpha", "lam"):
+        group = sum(cells.values(), [])
+        markdown(f"{group[0]['config']['loss']} loss, similarity of positives: {about(group)}",
+                 [["α, λ", "measured", "where the loss floor is lowest"]] + [
+                     [f"{alpha:g}, {lam:g}", *(over_seeds(of, f"repulsion {key}")[1]
+                                               for key in ("positive_similarity", "best_positive_similarity"))]
+                     for (alpha, lam), of in sorted(cells.items())])
 
-    for varied in ("strategy", "similarity", "subset"):  # Fig. 3, Table 1, Tables 2 and 5
+    for varied in ("strategy", "similarity", "subset", "lr"):  # Fig. 3, Table 1, Tables 2 and 5, a control
         for cells in comparable(runs, varied):
-            title, accuracies = f"by {varied}: {about(sum(cells.values(), []))}", ["linear", "knn"]
+            group, accuracies = sum(cells.values(), []), ["linear", "knn"]
+            method = "{loss} ({alpha:g}, {lam:g})".format(**group[0]["config"])
+            title = f"by {varied}: {method}, {about(group)}"
             names = [name for name, in sorted(cells, key=lambda key: over_seeds(cells[key], "linear")[0], reverse=True)]
             biases = [f"bias {space} {eq}" for eq in ("eq51", "eq16", "eq51_relative", "eq16_relative")
                       for space in SPACES] if varied == "strategy" else []
@@ -1490,14 +1521,17 @@ def draw(figures, out):
                 for label, *point in zip(names, bias, accuracy):
                     axes.annotate(label, point, (0, 5), textcoords="offset points", fontsize=7,
                                   ha="left" if point[0] < np.nanmean(bias) else "right")
-        else:  # the layout of Figs. 4 and 5
-            axes, (alphas, lams, means) = figure.subplots(), data
-            figure.colorbar(axes.imshow(np.ma.masked_invalid(means), cmap="Blues"), label="accuracy (%)")
-            axes.set(xticks=range(len(lams)), xticklabels=[f"λ={lam:g}" for lam in lams],
-                     yticks=range(len(alphas)), yticklabels=[f"α={alpha:g}" for alpha in alphas])
-            for (row, column), mean in np.ndenumerate(np.ma.masked_invalid(means)):
-                axes.text(column, row, f"{mean:.2f}" if np.isfinite(mean) else "–", ha="center", fontweight="bold",
-                          color="white" if mean > (np.nanmin(means) + np.nanmax(means)) / 2 else "black")
+        else:  # the layout of Figs. 4 and 5; beside it the paper's
+            alphas, lams, means, paper = data
+            grids = {"measured": means, **({"the paper's, linear, 200 epochs": np.array(paper)} if paper else {})}
+            figure.set_size_inches(5 * len(grids), 4)
+            for axes, (label, grid) in zip(np.ravel(figure.subplots(1, len(grids))), grids.items()):
+                figure.colorbar(axes.imshow(np.ma.masked_invalid(grid), cmap="Blues"), label="accuracy (%)")
+                axes.set(title=label, xticks=range(len(lams)), xticklabels=[f"λ={lam:g}" for lam in lams],
+                         yticks=range(len(alphas)), yticklabels=[f"α={alpha:g}" for alpha in alphas])
+                for (row, column), mean in np.ndenumerate(grid):
+                    axes.text(column, row, f"{mean:.2f}" if np.isfinite(mean) else "–", ha="center", fontweight="bold",
+                              color="white" if mean > (np.nanmin(grid) + np.nanmax(grid)) / 2 else "black")
         path = out / f"{number:02}_{name}.svg"
         with matplotlib.rc_context({"svg.hashsalt": "balcon", "svg.fonttype": "none"}):
             figure.savefig(path, metadata={"Date": None})
@@ -1580,7 +1614,8 @@ def parse_flags(argv=None):
     flag("--views", type=whole(2, 1000), metavar="K", help="views of an image that stand for E_T in theory, even")
     flag("--theory-limit", type=whole(4), metavar="N", help="training images that theory is measured on")
     flag("--baseline", action=argparse.BooleanOptionalAction, help="evaluate the untrained backbone as well")
-    flag("--report", nargs="+", type=Path, metavar="DIR", help="compare finished runs; figures go to --out")
+    flag("--report", nargs="+", type=Path, metavar="DIR",
+         help="compare finished runs, or those of a page such as RESULTS.md; figures go to --out")
     flag("--k", type=whole(1), help="nearest neighbours that vote")
     flag("--probe", choices=("crops", "cached"), help="linear classifier on fresh crops, or on features made once")
     flag("--probe-optimizer", choices=("sgd", "lars"), help="of the linear classifier")

@@ -160,6 +160,7 @@ def test_floor_with_the_positive_repelled():
         bound = -P + lam / alpha * np.logaddexp(alpha * P, np.log(K) - alpha * (1 + P) / K)
         assert loss_floor(m, alpha, lam, repel_positive=True) == pytest.approx(bound.min(), abs=1e-9)
         assert P[bound.argmin()] == pytest.approx(best, abs=.01)
+        assert balcon.best_positive_similarity(m, alpha, lam) == pytest.approx(P[bound.argmin()], abs=1e-4)
 
 
 def test_repelling_term_is_a_smooth_maximum():  # Lemma A.1, (d) and Eq. 18
@@ -1758,7 +1759,7 @@ def test_assumptions_of_known_angles(monkeypatch):
 def test_repulsion_is_the_softmax_and_the_gradient():
     vectors, labels = clustered((4, 2), 30, seed=2)
     encoder = stub()
-    cfg = settings(parts=("flip", "gaussian_noise"), alpha=3.0, seed=28)
+    cfg = settings(parts=("flip", "gaussian_noise"), alpha=3.0, seed=28, loss="ntxent")
     found = balcon.repulsion(encoder, pictures(vectors, labels), None, cfg)
     z, y, lam = encoder.backbone.seen[0].flatten(1).double(), labels.repeat(2).tolist(), 3.0
     z = z / z.norm(dim=1, keepdim=True)
@@ -1767,6 +1768,8 @@ def test_repulsion_is_the_softmax_and_the_gradient():
                    for i, a in enumerate(y)] for by_class in (True, False))
     same = torch.tensor(same) & (torch.arange(12)[:, None] % 6 != torch.arange(12) % 6)
     assert found["by_chance"] == pytest.approx(same.double().sum(1).mean().item() / 10)
+    assert found["positive_similarity"] == pytest.approx(sum(float(z[i] @ z[i + 6]) for i in range(6)) / 6, rel=1e-4)
+    assert found["best_positive_similarity"] == balcon.best_positive_similarity(6, 3.0, lam)
     for alpha in (1.0, 2.0, 3.0, 8.0):
         shares = {"same_class": 0.0, "ntxent_positive": 0.0, "ntxent_same_class": 0.0}
         for i in range(12):
@@ -1788,7 +1791,8 @@ def test_repulsion_is_the_softmax_and_the_gradient():
             assert pull[same].sum().item() == pytest.approx(lam * got[own], rel=1e-4)
             assert pull[torch.tensor(twin)].sum().item() == pytest.approx(-1 + lam * positive, rel=1e-4)
     constant = balcon.repulsion(stub(), pictures(torch.full([17, 12], 9), torch.arange(17) % 3), None,
-                                settings(batch_size=8))  # a uniform softmax, in two batches of 8
+                                settings(batch_size=8, loss="balanced"))  # a uniform softmax, in two batches of 8
+    assert constant["positive_similarity"] == pytest.approx(1) and constant["best_positive_similarity"] == 1
     assert constant["batch"] == 8 and constant["alpha_8"]["ntxent_positive"] == pytest.approx(1 / 15)
     assert constant["alpha_8"]["same_class"] == pytest.approx(constant["by_chance"])
 
@@ -2141,6 +2145,51 @@ def test_report_bounds_and_figures(tmp_path, capsys, monkeypatch):
         files = {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
     assert sorted(files) == ["00_grid_balanced_linear.svg", "01_bias.svg", "02_bounds.svg"]
     assert all(ElementTree.fromstring(svg).tag.endswith("svg") and b"<dc:date>" not in svg for svg in files.values())
+
+
+def test_report_compares_with_the_papers_grid(tmp_path, capsys):
+    rows = [[82.92, 84.43, 84.76, 84.43], [84.07, 85.26, 86.08, 85.13],  # Fig. 5, balanced
+            [86.02, 85.83, 84.48, 83.83], [85.26, 84.51, 82.95, 80.41]]
+    for i, row in enumerate(rows):
+        for j, linear in enumerate(row):
+            put_results(tmp_path / "same" / f"{i}{j}", alpha=float(2 ** i), lam=float(2 ** j), linear=linear / 2,
+                        repulsion={"positive_similarity": 0.5, "best_positive_similarity": 1.0})
+            put_results(tmp_path / "transposed" / f"{i}{j}", alpha=float(2 ** i), lam=float(2 ** j), linear=rows[j][i])
+    balcon.report([tmp_path / "same"], tmp_path / "figures")
+    text = capsys.readouterr().out
+    assert "with the paper's grid (Fig. 5, linear): r = 1.00 [1.00, 1.00], ρ = 1.00" in text
+    assert ["2, 8", "0.500", "1.000"] in [row for of in tables(text).values() for rows in of for row in rows]
+    balcon.report([tmp_path / "transposed"], tmp_path / "figures")
+    flat, other = np.ravel(rows), np.ravel(np.transpose(rows))
+    rank = [[np.mean([k + 1 for k, w in enumerate(sorted(x)) if w == v]) for v in x] for x in (flat, other)]
+    assert f"ρ = {statistics.correlation(*rank):.2f}" in capsys.readouterr().out  # 84.43 is there twice
+
+
+def test_report_by_learning_rate(tmp_path, capsys):
+    for lr in (0.1, 0.4):
+        put_results(tmp_path / str(lr), lr=lr, linear=40 + lr)
+    balcon.report([tmp_path], tmp_path / "figures")
+    (title, (rows,)), = [(t, of) for t, of in tables(capsys.readouterr().out).items() if t.startswith("by lr")]
+    assert rows == [["lr", "linear", "knn"], ["0.4", "40.40", "–"], ["0.1", "40.10", "–"]]
+
+
+def test_the_results_page_agrees_with_its_raw_lines(capsys):
+    page = Path(__file__).with_name("RESULTS.md")
+    balcon.report([page], Path("unused"))
+    said = capsys.readouterr().out
+    made, shown = tables(said), tables(page.read_text())
+    assert len(made) > 10
+    for title in made:  # each table that --report makes of the page stands in it, cell by cell
+        assert shown.get(title) == made[title], title
+    assert all(line in page.read_text() for line in said.splitlines() if line.startswith("with the paper's grid"))
+    raw, checked = {f"{run[key]:.2f}" for run in balcon.read_results([page]) for key in run
+                    if re.fullmatch("(untrained_)?(knn|linear)", key)}, 0
+    for rows in (rows for title, of in shown.items() if title not in made for rows in of):  # and those by hand
+        columns = [i for i, head in enumerate(rows[0]) if re.match(r"(kNN|linear)($|, k =|: )", head)]
+        for accuracy in re.findall(r"\d+\.\d\d", " ".join(row[i] for row in rows[1:] for i in columns)):
+            assert accuracy in raw, rows[0]
+            checked += 1
+    assert checked > 50
 
 
 def test_report_refuses_what_is_no_run(tmp_path, capsys):
