@@ -2173,12 +2173,12 @@ def test_report_by_learning_rate(tmp_path, capsys):
     assert rows == [["lr", "linear", "knn"], ["0.4", "40.40", "–"], ["0.1", "40.10", "–"]]
 
 
-def test_the_results_page_agrees_with_its_raw_lines(capsys):
+def test_the_results_page_agrees_with_its_raw_lines(tmp_path, capsys):
     page = Path(__file__).with_name("RESULTS.md")
-    balcon.report([page], Path("unused"))
+    balcon.report([page], tmp_path)
     said = capsys.readouterr().out
     made, shown = tables(said), tables(page.read_text())
-    assert len(made) > 10
+    assert len(made) >= 10
     for title in made:  # each table that --report makes of the page stands in it, cell by cell
         assert shown.get(title) == made[title], title
     assert all(line in page.read_text() for line in said.splitlines() if line.startswith("with the paper's grid"))
@@ -2266,9 +2266,13 @@ def _loss_on_its_own(_, size, dim, path):
     def peak():
         if cuda:
             return torch.cuda.max_memory_allocated() / 1e6
-        status = Path("/proc/self/status").read_text()  # getrusage counts what the parent had as well
-        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1e3
+        status = Path("/proc/self/status").read_text()  # Linux; getrusage counts what the parent had as well
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e6
 
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
     before, times = peak(), []
     for _ in range(5 if size < 20_000 or cuda else 1):
         z.grad = None
@@ -2333,7 +2337,7 @@ def benchmark(argv):
     @torch.no_grad()
     def forward():
         with balcon.autocast(device):
-            encoder.backbone.eval()(x[:m])
+            encoder.backbone.eval()(x[:m // balcon.world_size()])
 
     rows, key = torch.arange(m), itertools.count()
     calls = {"network": (2 * m, lambda: update(x, lambda out: out.float().backward(z))),
