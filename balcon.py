@@ -82,7 +82,8 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_
 
     repel_positive=True puts z⁺ into the log-sum-exp too; labels [m] keep only the z⁻ of other
     classes: `generalized_nt_xent_loss` and `nscl_loss` are these two. block: no more than so many of the
-    2m × 2M similarities are held at a time, and made again in the backward pass where they are more.
+    2m × 2M similarities are held at a time (16 MB, which allocators reuse); where they are more, they are made
+    again in the backward pass, which torch.func's transforms refuse.
     """
     if z1.shape != z2.shape or z1.dim() != 2:
         raise ValueError(f"z1 and z2 must both be [m, d], not {[*z1.shape]} and {[*z2.shape]}")
@@ -107,17 +108,17 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_
         return grad
 
     with torch.autocast(z1.device.type, enabled=False):
-        z = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z1, z2)]
+        pair = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z1, z2)]
         if similarity == "cosine":
-            z = [F.normalize(x, dim=1) for x in z]
-        z = alpha ** 0.5 * torch.cat(z)  # [2m, d] anchors, so long that z·z' = α s(z, z')
+            pair = [F.normalize(x, dim=1) for x in pair]
+        z = alpha ** 0.5 * torch.cat(pair)  # [2m, d] anchors; scaled, so that every similarity below is α s
         candidates = z if world == 1 else gather(z)  # [2M, d] with M = world·m
         if world > 1 and z.requires_grad:
             candidates.register_hook(sum_over_ranks)
-        z1, z2 = z.view(2, m, -1)
-        positive = torch.linalg.vecdot(z1, z2)  # [m]: an image's two views share it
+        pair = z.view(2, m, -1)
+        positive = torch.linalg.vecdot(*pair)  # [m]: an image's two views share it
         if similarity == "euclidean":
-            positive = -(z1 - z2).square().sum(1)
+            positive = -(pair[0] - pair[1]).square().sum(1)
 
         # An anchor repels all candidates but those of its own group.
         view = torch.arange(2 * m * world, device=z.device)
@@ -142,11 +143,12 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *, repel_
         if rows >= 2 * m:
             repel = repelling(*anchors)
         else:
-            repel = torch.cat([torch.utils.checkpoint.checkpoint(repelling, *part, use_reentrant=False)
+            repel = torch.cat([torch.utils.checkpoint.checkpoint(repelling, *part, use_reentrant=False,
+                                                               preserve_rng_state=False)
                                for part in zip(*(x.split(rows) for x in anchors))])
         if labels is not None and repel.isneginf().any():
             raise ValueError("an image has no negatives: all others are of its class")
-        return (lam * repel.mean() - positive.mean()) / alpha
+        return ((lam * repel - positive.repeat(2)) / alpha).mean()
 
 def generalized_nt_xent_loss(z1, z2, alpha, lam, similarity="cosine"):
     """Generalized NT-Xent loss (Section 6): Eq. 17 with the positive also in the log-sum-exp.
@@ -181,7 +183,7 @@ def loss_floor(m, alpha, lam, repel_positive=False):
     return -P + lam / alpha * (max(a, b) + math.log1p(math.exp(-abs(a - b))))
 
 def best_positive_similarity(m, alpha, lam):
-    """The mean positive similarity P at which NT-Xent's floor is lowest: it asks for no more agreement of views."""
+    """The mean positive similarity P at which NT-Xent's floor is lowest: more agreement raises it."""
     K = 2 * (m - 1)  # the derivative in P vanishes where e^{α(P + (1+P)/K)} = (K + λ)/(λ − 1)
     return min(1.0, (K / alpha * math.log((K + lam) / (lam - 1)) - 1) / (K + 1)) if lam > 1 else 1.0
 
@@ -202,8 +204,8 @@ class Views:
     def __init__(self, parts, size, crop_scale):
         self.parts, self.size, self.crop_scale = parts, size, crop_scale
 
-    def draw(self, n, generator):
-        """t₁ … tₙ ~ T: {part: [n, ...]} on the CPU. No pixel is touched, no image size is needed."""
+    def draw(self, n, generator, parts=None):
+        """t₁ … tₙ ~ T: {part: [n, ...]} on the CPU. No pixel is touched, no image size is needed. parts: only these."""
         def uniform(low, high, *shape):
             return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
@@ -229,15 +231,12 @@ class Views:
             "gaussian_noise": lambda: maybe(0.5, 0.1 * torch.randn(
                 n, 3, self.size, self.size, generator=generator), 0.0),
         }
-        return {part: draws[part]() for part in self.parts}
+        return {part: draws[part]() for part in (self.parts if parts is None else parts)}
 
-    def draw_batch(self, n, rows, mine, *key):
+    def draw_batch(self, n, rows, mine, *key, parts=None):
         """n views of each of the rows, view by view, drawn for all and cut to `mine`: the same on 1 and N processes."""
-        t = self.draw(n * len(rows), rng(*key))
+        t = self.draw(n * len(rows), rng(*key), parts)
         return {part: value.unflatten(0, (n, len(rows)))[:, mine].flatten(0, 1) for part, value in t.items()}
-
-    def without(self, *parts):
-        return Views([part for part in self.parts if part not in parts], self.size, self.crop_scale)
 
     def apply(self, x, t):
         """x: [n, 3, H, W] uint8, t on the CPU -> t(x): [n, 3, size, size] float32, normalised."""
@@ -251,11 +250,11 @@ class Views:
 
 def send(x, device):
     """To the device, which is still at work on the last step: without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    return x.contiguous().pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 def change(x, chosen, operation, *parameters):
-    """x[i] = operation(x[i], parameters[i]) for the images i that are `chosen` [n]: looked up on the CPU, again
-    so as not to wait."""
+    """x[i] = operation(x[i], parameters[i]) for the images i that are `chosen` [n]. They are found on the CPU, so
+    that nothing waits for the device."""
     i = chosen.nonzero().squeeze(1)
     place = send(i, x.device)
     x[place] = operation(x[place], *(send(parameter[i], x.device) for parameter in parameters))
@@ -408,6 +407,7 @@ class InMemory:
 
 class OnDisk(torch.utils.data.Dataset):
     """Large images in files: worker processes decode and crop, the device does the rest."""
+    BY_WORKERS = ("crop", "gaussian_noise")  # needed there; of images' size
 
     def __init__(self, paths, labels, classes, device, size, workers):
         self.paths = np.array(paths)  # a million str objects would be copied into every worker, page by page
@@ -418,33 +418,39 @@ class OnDisk(torch.utils.data.Dataset):
         return OnDisk(self.paths[rows], self.labels[rows], self.classes, self.device, self.size, self.workers)
 
     def batches(self, order, views=None, n=1, key=(), shared=False):
-        """As InMemory.batches, but an image's crops are drawn by the worker, from (key, number, row)."""
-        reader, (order, ahead) = copy.copy(self), itertools.tee(order)
-        reader.crops, reader.n, reader.key = views and views.without(*OPERATIONS), n, key
+        """As InMemory.batches, but crops and noise are drawn by the workers, from (key, number, row)."""
+        reader, (order, ahead) = copy.copy(self), itertools.tee(order)  # the workers run ahead
+        reader.views, reader.n, reader.key = views, n, key
+        rest = views and [part for part in views.parts if part not in self.BY_WORKERS]
         rows_of_rank = ([(number, row) for row in (rows[share(len(rows))] if shared else rows).tolist()]
                         for number, rows in ahead)
         loader = torch.utils.data.DataLoader(
             reader, batch_sampler=rows_of_rank, num_workers=self.workers, worker_init_fn=leave_process_group,
             pin_memory=self.device.type == "cuda")
-        for (number, rows), (crops, labels) in zip(order, loader):  # crops: [b, n, 3, S, S] uint8
+        for (number, rows), (crops, t, labels) in zip(order, loader):  # [b, n, 3, S, S] uint8, {part: [b, n, ...]}, [b]
             x = send(crops, self.device).transpose(0, 1).flatten(0, 1)
-            mine = share(len(rows)) if shared else slice(None)
-            colour = views and views.without("crop")
-            x = colour.apply(x, colour.draw_batch(n, rows, mine, *key, number)) if views else normalize(x.float() / 255)
+            if views is None:
+                x = normalize(x.float() / 255)
+            else:
+                t = {part: value.transpose(0, 1).flatten(0, 1) for part, value in t.items()}
+                mine = share(len(rows)) if shared else slice(None)
+                t.update(views.draw_batch(n, rows, mine, *key, number, parts=rest))
+                x = views.apply(x, {part: t[part] for part in views.parts if part in t})
             yield x.contiguous(memory_format=torch.channels_last), send(labels, self.device)
 
     def __getitem__(self, number_and_row):  # one decode serves all n crops
         row = number_and_row[1]
-        image = read_image(str(self.paths[row]))
-        if self.crops:
-            t = self.crops.draw(self.n, rng(*self.key, *number_and_row))
-            boxes = crop_box(t["crop"], image.height, image.width).tolist()
+        image, t = read_image(str(self.paths[row])), {}
+        if self.views:
+            mine = [part for part in self.views.parts if part in self.BY_WORKERS]
+            t = self.views.draw(self.n, rng(*self.key, *number_and_row), mine)
+            boxes = crop_box(t.pop("crop"), image.height, image.width).tolist()
         else:  # Resize(S / 0.875) and CenterCrop(S), in one resampling
             side = max(1, round(0.875 * min(image.size)))
             boxes = [(round((image.height - side) / 2), round((image.width - side) / 2), side, side)] * self.n
         crops = [image.crop((left, top, left + w, top + h)).resize((self.size, self.size), Image.Resampling.BILINEAR)
                  for top, left, h, w in boxes]  # antialiased
-        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), self.labels[row]
+        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), t, self.labels[row]
 
 def leave_process_group(worker):
     """Ctrl-C and torchrun signal a whole group: decoding goes on while the main process saves and stops."""
@@ -1271,9 +1277,10 @@ def repulsion(encoder, train, test, cfg):
     data, labels = theory_images(train, cfg)
     z, m = embed(encoder, data, cfg, "two views", n=2, groups=2)[0], min(cfg.batch_size, len(labels))
     found = false_negatives(z, labels, m, cfg)
-    best = best_positive_similarity(m, cfg.alpha, cfg.lam) if cfg.loss == "ntxent" else 1.0
-    return {"batch": m, "positive_similarity": (z[:, 0] * z[:, 1]).sum(-1).mean().item(),
-            "best_positive_similarity": best, "by_chance": next(iter(found.values()), {}).get("by_chance"), **{alpha: {
+    best = best_positive_similarity(cfg.batch_size, cfg.alpha, cfg.lam) if cfg.loss == "ntxent" else 1.0
+    return {"batch": m, "by_chance": next(iter(found.values()), {}).get("by_chance"),
+            "positive_similarity": (z[:, 0] * z[:, 1]).sum(-1).mean().item(),
+            "best_positive_similarity": best if cfg.similarity == "cosine" else None, **{alpha: {
         "same_class": x["share"], "same_class_times_lam": cfg.lam * x["share"],
         "ntxent_positive": x["positive"], "ntxent_same_class": x["share_beside_positive"]}
         for alpha, x in found.items()}}
@@ -1342,14 +1349,14 @@ def flat(tree, name=""):
     return {k: v for key, value in tree.items() for k, v in flat(value, f"{name} {key}".strip()).items()}
 
 def read_results(dirs):
-    """The results of all runs in `dirs`, figures under flat names; older configs are completed. A place is a directory
-    with results.json in it or below, or a page with one such JSON object a line, as RESULTS.md."""
+    """The results of all runs in `dirs`, figures under flat names; older configs are completed. `dirs` are directories
+    with results.json in them or below, or pages with one such JSON object a line, as RESULTS.md."""
     runs, texts = [], {}
     for place in dirs:
         files = [place] if place.is_file() else place.rglob("results.json")
         found = {path.resolve(): path.read_text(errors="replace") for path in files}
         if place.is_file() and place.suffix != ".json":
-            found = {f"{place}, line {number}": line for number, line in enumerate(found.popitem()[1].splitlines(), 1)
+            found = {f"{place}, line {number:05}": line for number, line in enumerate(found.popitem()[1].splitlines(), 1)
                      if line.startswith("{")}
         if not found:
             raise UserError(f"--report {place}: no results.json there, nor in a directory there, nor lines of a page")
@@ -1437,11 +1444,12 @@ def report(dirs, out):
          over_seeds(of, "linear")[1], over_seeds(of, "knn")[1]] for cells in comparable(runs, least=1)
         for of in cells.values()])
 
-    def about(runs):
+    def about(runs, varied=None):
         c, seeds = runs[0]["config"], sorted({run["seed"] for run in runs})
         images = runs[0].get("images") or c["limit"] or "all"
+        rate = "" if varied == "lr" else f"lr {c['lr']:g}, "
         return (f"{c['dataset']}, {images} images, {c['backbone']}, {c['epochs']} epochs, batch {c['batch_size']}, "
-                f"lr {c['lr']:g}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
+                f"{rate}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
 
     for metric in ("linear", "knn"):
         for cells in comparable(runs, "alpha", "lam"):  # Figs. 4 and 5
@@ -1456,7 +1464,9 @@ def report(dirs, out):
             markdown(title, [["", *(f"λ = {lam:g}" for lam in lams)]] + [
                 [f"α = {alpha:g}", *(f"**{text}**" if mean == np.nanmax(means) else text for mean, text in row)]
                 for alpha, row in zip(alphas, grid)])
-            paper = FIG_5[loss] if group[0]["config"]["dataset"] == "cifar10" and alphas == lams == [1, 2, 4, 8] else None
+            theirs = [group[0]["config"][key] for key in ("dataset", "similarity", "strategy", "subset")]
+            paper = FIG_5[loss] if alphas == lams == [1, 2, 4, 8] and theirs == [
+                "cifar10", "cosine", "base", "full"] else None
             if paper and not np.isnan(means).any():
                 print(f"\nwith the paper's grid (Fig. 5, linear): {correlation(means.flatten(), np.ravel(paper))}")
             figures.append((f"grid_{loss}_{metric}", title, (alphas, lams, means, paper)))
@@ -1472,7 +1482,7 @@ def report(dirs, out):
         for cells in comparable(runs, varied):
             group, accuracies = sum(cells.values(), []), ["linear", "knn"]
             method = "{loss} ({alpha:g}, {lam:g})".format(**group[0]["config"])
-            title = f"by {varied}: {method}, {about(group)}"
+            title = f"by {varied}: {method}, {about(group, varied)}"
             names = [name for name, in sorted(cells, key=lambda key: over_seeds(cells[key], "linear")[0], reverse=True)]
             biases = [f"bias {space} {eq}" for eq in ("eq51", "eq16", "eq51_relative", "eq16_relative")
                       for space in SPACES] if varied == "strategy" else []
@@ -1855,7 +1865,7 @@ def explain(error):
     if isinstance(error, OSError):
         return text, 2
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"--compile does not work here, leave it out: {text.splitlines()[0]}", 2
+        return f"--compile does not work here, leave it out: {text.split(chr(10))[0]}", 2
     if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in text):
         return f"rank {rank()} has lost another rank, whose own error says why", 1
     return text, None

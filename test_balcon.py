@@ -275,6 +275,7 @@ def test_losses_in_other_hands(loss):
     assert torch.allclose(compiled(z1, z2, 4, 2), expected) and torch.allclose(again[1].grad, both[1].grad, atol=1e-6)
     many = torch.vmap(lambda a, b: loss(a, b, 4, 2))(*z)
     assert torch.allclose(many, torch.stack([loss(*pair, 4, 2) for pair in z.transpose(0, 1)]))
+    assert loss(z1, z2, torch.ones(1), torch.ones(1)).shape == () and loss(z1, z2, 1, 1).dtype == z1.dtype
     learned = torch.tensor(4.0, requires_grad=True)  # α may be a parameter, as CLIP's temperature
     loss(z1, z2, learned, 2).backward()
     h, (up, down) = 1e-3, (float(loss(z1.double(), z2.double(), 4 + e, 2)) for e in (1e-3, -1e-3))
@@ -421,28 +422,27 @@ def test_other_operations_are_torchvisions(images):
     assert torch.allclose(balcon.normalize(images), TF.normalize(images, balcon.MEAN, balcon.STD), atol=1e-5)
 
 
-def all_views(size=32):
-    return balcon.Views(("crop", "flip", "color_jitter", "grayscale", *balcon.ADDABLE), size, (0.08, 1))
-
-
 def test_no_part_of_the_views_asks_what_the_device_has_computed():
     # tensors on "meta" have shapes and no values: what would have to wait for a GPU's values fails there
-    t = all_views().draw(8, balcon.rng(0))
-    assert all_views().apply(torch.zeros(8, 3, 40, 40, dtype=torch.uint8, device="meta"), t).shape == (8, 3, 32, 32)
+    views = balcon.Views(ALL_PARTS, 32, (0.08, 1))
+    t = views.draw(8, balcon.rng(0))
+    assert views.apply(torch.zeros(8, 3, 40, 40, dtype=torch.uint8, device="meta"), t).shape == (8, 3, 32, 32)
     with pytest.raises(NotImplementedError):
         torch.zeros(8, device="meta").nonzero()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-def test_a_training_step_never_waits_for_the_gpu():
+def test_views_and_losses_never_wait_for_the_gpu():
     data = balcon.InMemory(torch.zeros(8, 3, 40, 40, dtype=torch.uint8), torch.zeros(8), [], torch.device("cuda"))
-    batches = data.batches(((step, torch.arange(8)) for step in itertools.count()), all_views(), n=2)
+    batches = data.batches(((step, torch.arange(8)) for step in itertools.count()),
+                           balcon.Views(ALL_PARTS, 32, (0.08, 1)), n=2)
     next(batches)  # the first time, libraries are loaded
     torch.cuda.set_sync_debug_mode("error")
     try:
         z1, z2 = next(batches)[0].flatten(1).requires_grad_().chunk(2)
         for loss in balcon.LOSSES.values():
             loss(z1, z2, 2, 4).backward(retain_graph=True)
+        balanced_contrastive_loss(z1, z2, 2, 4, block=40).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -544,6 +544,29 @@ def test_images_on_disk(photos):
         oracle = TF.resize(TF.center_crop(image, round(0.875 * min(image.size))), [16, 16])
         oracle = TF.to_dtype(TF.to_image(oracle), torch.float32, scale=True)
         assert torch.allclose(got, TF.normalize(oracle, balcon.MEAN, balcon.STD), atol=1e-5)
+
+
+def test_batches_on_disk_are_a_function_of_the_step(photos, tmp_path):
+    paths, labels, classes = balcon.class_folders(photos, "train")
+    views = balcon.Views(ALL_PARTS, 16, (0.2, 1))
+
+    def batches(workers, first=0):  # the workers are several steps ahead
+        data = balcon.OnDisk(paths, labels, classes, CPU, 16, workers)
+        order = ((step, torch.randperm(18, generator=balcon.rng(max(step, 1)))[:4]) for step in range(first, 7))
+        return [x for x, _ in data.batches(order, views, 2, ("k",), shared=True)]
+
+    alone, ahead, resumed = batches(0), batches(2), batches(2, first=3)
+    assert len(alone) == 7 and all(map(torch.equal, alone, ahead)) and all(map(torch.equal, alone[3:], resumed))
+    square = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    square.save(tmp_path / "square.png")
+    data = balcon.OnDisk([str(tmp_path / "square.png")] * 9, torch.zeros(9), ["a"], CPU, 16, 0)
+    for part in ALL_PARTS[1:]:  # a crop of all of a square image is that image: only `part` differs between steps
+        a, b = (x for x, _ in data.batches([(step, torch.arange(9)) for step in (0, 1)],
+                                           balcon.Views(("crop", part), 16, (1, 1)), 2, ("k",)))
+        assert not torch.equal(a, b), part
+    a, b = (x for x, _ in data.batches([(step, torch.arange(9)) for step in (0, 1)],
+                                       balcon.Views(("crop",), 16, (1, 1)), 2, ("k",)))
+    assert torch.equal(a, b)
 
 
 def test_crops_on_disk_are_the_crops_in_memory(photos):
@@ -1759,7 +1782,7 @@ def test_assumptions_of_known_angles(monkeypatch):
 def test_repulsion_is_the_softmax_and_the_gradient():
     vectors, labels = clustered((4, 2), 30, seed=2)
     encoder = stub()
-    cfg = settings(parts=("flip", "gaussian_noise"), alpha=3.0, seed=28, loss="ntxent")
+    cfg = settings(parts=("flip", "gaussian_noise"), alpha=3.0, seed=28, loss="ntxent", similarity="cosine")
     found = balcon.repulsion(encoder, pictures(vectors, labels), None, cfg)
     z, y, lam = encoder.backbone.seen[0].flatten(1).double(), labels.repeat(2).tolist(), 3.0
     z = z / z.norm(dim=1, keepdim=True)
@@ -1791,7 +1814,7 @@ def test_repulsion_is_the_softmax_and_the_gradient():
             assert pull[same].sum().item() == pytest.approx(lam * got[own], rel=1e-4)
             assert pull[torch.tensor(twin)].sum().item() == pytest.approx(-1 + lam * positive, rel=1e-4)
     constant = balcon.repulsion(stub(), pictures(torch.full([17, 12], 9), torch.arange(17) % 3), None,
-                                settings(batch_size=8, loss="balanced"))  # a uniform softmax, in two batches of 8
+                                settings(batch_size=8, loss="balanced", similarity="cosine"))  # a uniform softmax, in two batches of 8
     assert constant["positive_similarity"] == pytest.approx(1) and constant["best_positive_similarity"] == 1
     assert constant["batch"] == 8 and constant["alpha_8"]["ntxent_positive"] == pytest.approx(1 / 15)
     assert constant["alpha_8"]["same_class"] == pytest.approx(constant["by_chance"])
@@ -2170,7 +2193,7 @@ def test_report_by_learning_rate(tmp_path, capsys):
         put_results(tmp_path / str(lr), lr=lr, linear=40 + lr)
     balcon.report([tmp_path], tmp_path / "figures")
     (title, (rows,)), = [(t, of) for t, of in tables(capsys.readouterr().out).items() if t.startswith("by lr")]
-    assert rows == [["lr", "linear", "knn"], ["0.4", "40.40", "–"], ["0.1", "40.10", "–"]]
+    assert "lr 0.1" not in title and rows == [["lr", "linear", "knn"], ["0.4", "40.40", "–"], ["0.1", "40.10", "–"]]
 
 
 def test_the_results_page_agrees_with_its_raw_lines(tmp_path, capsys):
@@ -2220,13 +2243,13 @@ def test_benchmark_says_in_one_sentence_what_is_wrong(tmp_path, monkeypatch):
         benchmark(["--batch-size", "64", "--out", str(tmp_path / "x")])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA, Triton compiles")
 def test_compile_without_a_compiler_is_one_sentence(tmp_path):
     done = subprocess.run([sys.executable, balcon.__file__, "--limit", "64", "--batch-size", "32", "--epochs", "1",
                            "--compile", "--out", str(tmp_path / "x")], capture_output=True, text=True,
                           env={**os.environ, "CXX": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
-    if not torch.cuda.is_available():
-        assert done.returncode == 2 and "--compile does not work here, leave it out" in done.stderr
-        assert "Traceback" not in done.stderr
+    assert done.returncode == 2 and "--compile does not work here, leave it out" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def torchvision_pipeline(cfg):
@@ -2283,8 +2306,9 @@ def _loss_on_its_own(_, size, dim, path):
 def benchmark(argv):
     """Print and store where the time of a training step goes: python test_balcon.py benchmark [flags of balcon.py]
 
-    Every ratio is of medians that were measured in turns in this run. The share of the loss is that of the loss and its
-    gradient by themselves; a step's data are loaded, on a GPU or in workers, while the step before is computed.
+    Every ratio is of medians that were measured in turns in this run. Shares of a step are of parts timed by themselves.
+    For images on disk, "reader" is the work of balcon's workers (decoding, crops), "pillow" the usual pipeline (all of
+    the augmentation, one image after another), both on one core; "features" includes the start of the workers.
     """
     cfg = balcon.parse_flags(argv)
     device = torch.device("cuda", balcon.LOCAL_RANK) if torch.cuda.is_available() else CPU
@@ -2315,9 +2339,10 @@ def benchmark(argv):
     def fits(m):
         try:
             x = torch.zeros(2 * m // balcon.world_size(), 3, cfg.size, cfg.size, device=device)
-            return update(x.contiguous(memory_format=torch.channels_last), lambda out: loss(out.float())) is None
+            update(x.contiguous(memory_format=torch.channels_last), lambda out: loss(out.float()))
+            return True
         except (RuntimeError, MemoryError) as error:
-            if "out of memory" not in (balcon.explain(error)[0] or ""):
+            if "out of memory" not in balcon.explain(error)[0]:
                 raise
         torch.cuda.empty_cache()
         return False
@@ -2353,7 +2378,7 @@ def benchmark(argv):
     else:  # the workers run ahead while others are timed, so several steps
         k, alone = 2 * cfg.workers + 3, copy.copy(train)
         alone.workers, some = 0, [str(path) for path in train.paths[:32]]
-        alone.crops, alone.n, alone.key = views.without(*balcon.OPERATIONS), 2, ()
+        alone.views, alone.n, alone.key = views, 2, ()
 
         def on_one_core(call):
             def timed():
@@ -2367,10 +2392,12 @@ def benchmark(argv):
             for path in some:
                 image = Image.open(path).convert("RGB")
                 plain(image), plain(image)
+
         calls["step"] = 2 * m * k, lambda: whole_steps(k)
         calls["views"] = 64, lambda: next(alone.batches([(next(key), torch.arange(32))], views, n=2))
         calls["reader_per_core"] = 64, on_one_core(lambda: [alone[next(key), row] for row in range(32)])
-        calls["views_by_torchvision"] = 64, on_one_core(by_pillow)
+        calls["pillow_per_core"] = 64, on_one_core(by_pillow)
+        calls["views_by_torchvision"] = 64, by_pillow
     times = in_turns({name: call for name, (_, call) in calls.items()}, device)
     per_second = {name: count / times[name] for name, (count, _) in calls.items()}
     step = 2 * m / per_second["step"]
@@ -2380,7 +2407,7 @@ def benchmark(argv):
               "features_over_forward": per_second["features"] / per_second["forward"],
               "recipe_hours": cfg.epochs * (n // m) * step / 3600}
     if "reader_per_core" in per_second:
-        report["reader_over_torchvision"] = per_second["reader_per_core"] / per_second["views_by_torchvision"]
+        report["reader_over_pillow"] = per_second["reader_per_core"] / per_second["pillow_per_core"]
         report["cores_per_device"] = per_second["network"] / balcon.world_size() / per_second["reader_per_core"]
     if device.type == "cuda":
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
@@ -2392,9 +2419,17 @@ def benchmark(argv):
                       peak_step_mb=torch.cuda.max_memory_allocated() / 1e6)
     else:
         report["peak_process_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    def store():
+        path = cfg.out / "benchmark.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**report, "config": balcon.public(cfg), "environment": balcon.environment()},
+                                   indent=1) + "\n")
+        return path
+
     if lead:
         for name, value in balcon.flat(report).items():
             print(f"{name:45} {value:.4g}", flush=True)
+        store()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"  # else freed blocks stay, and look like a peak of the loss
     sizes = [(1024, 128), (1024, 2048), (8192, 128), (8192, 2048), (32768, 128), (32768, 2048)]
     for size, dim in sizes[:None if device.type == "cuda" else -1] if balcon.world_size() == 1 else ():
@@ -2403,11 +2438,7 @@ def benchmark(argv):
             report[f"loss_{size}x{dim}"] = took, peak = torch.load(f"{folder}/x")  # seconds, MB
         print(f"loss_{size}x{dim}".ljust(45), f"{took:.4g} s, {peak:.0f} MB", flush=True)
     if lead:
-        path = cfg.out / "benchmark.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        report.update(config=balcon.public(cfg), environment=balcon.environment())
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        print(path)
+        print(store())
 
 
 if __name__ == "__main__":
