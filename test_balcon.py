@@ -1792,7 +1792,7 @@ def test_repulsion_is_the_softmax_and_the_gradient():
     same = torch.tensor(same) & (torch.arange(12)[:, None] % 6 != torch.arange(12) % 6)
     assert found["by_chance"] == pytest.approx(same.double().sum(1).mean().item() / 10)
     assert found["positive_similarity"] == pytest.approx(sum(float(z[i] @ z[i + 6]) for i in range(6)) / 6, rel=1e-4)
-    assert found["best_positive_similarity"] == balcon.best_positive_similarity(6, 3.0, lam)
+    assert found["best_positive_similarity"] == balcon.best_positive_similarity(cfg.batch_size, 3.0, lam)
     for alpha in (1.0, 2.0, 3.0, 8.0):
         shares = {"same_class": 0.0, "ntxent_positive": 0.0, "ntxent_same_class": 0.0}
         for i in range(12):
