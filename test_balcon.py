@@ -4,12 +4,14 @@
     pytest                  # eight minutes on two cores, no network, no data
     pytest -m faults -s     # a campaign of faults on real runs, 20 minutes; prints what it did
     python test_balcon.py benchmark --dataset cifar10       # where the time of a training step goes
+    python test_balcon.py page                              # RESULTS.md's tables, from its raw lines
 """
 import collections
 import contextlib
 import copy
 import functools
 import inspect
+import io
 import itertools
 import json
 import math
@@ -2196,18 +2198,32 @@ def test_report_by_learning_rate(tmp_path, capsys):
     assert "lr 0.1" not in title and rows == [["lr", "linear", "knn"], ["0.4", "40.40", "–"], ["0.1", "40.10", "–"]]
 
 
-def test_the_results_page_agrees_with_its_raw_lines(tmp_path, capsys):
+def results_page(out):
+    """RESULTS.md as it should be: between <!-- report: REGEX --> and <!-- end -->, the tables that --report makes of
+    the page's own raw lines and whose titles begin so. `python test_balcon.py page` writes it."""
+    path, said = Path(__file__).with_name("RESULTS.md"), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        balcon.report([path], out)
+    blocks = re.findall(r"^(.+\n\n(?:\|.*\n)+(?:\nwith the paper's.*\n)?)", said.getvalue(), re.M)
+
+    def fill(match):
+        mine = [block for block in blocks if re.match(match[1], block)]
+        assert mine, f"no table begins with {match[1]}"
+        blocks[:] = [block for block in blocks if block not in mine]
+        return f"<!-- report: {match[1]} -->\n\n" + "\n".join(mine) + "\n<!-- end -->"
+
+    text = re.sub(r"<!-- report: ([^\n]*) -->\n.*?<!-- end -->", fill, path.read_text(), flags=re.S)
+    assert not blocks, f"no place for: {[block.splitlines()[0] for block in blocks]}"
+    return text
+
+
+def test_the_results_page_agrees_with_its_raw_lines(tmp_path):
     page = Path(__file__).with_name("RESULTS.md")
-    balcon.report([page], tmp_path)
-    said = capsys.readouterr().out
-    made, shown = tables(said), tables(page.read_text())
-    assert len(made) >= 10
-    for title in made:  # each table that --report makes of the page stands in it, cell by cell
-        assert shown.get(title) == made[title], title
-    assert all(line in page.read_text() for line in said.splitlines() if line.startswith("with the paper's grid"))
+    assert results_page(tmp_path) == page.read_text()
     raw, checked = {f"{run[key]:.2f}" for run in balcon.read_results([page]) for key in run
                     if re.fullmatch("(untrained_)?(knn|linear)", key)}, 0
-    for rows in (rows for title, of in shown.items() if title not in made for rows in of):  # and those by hand
+    by_hand = re.sub(r"<!-- report: .*?<!-- end -->", "", page.read_text(), flags=re.S)
+    for rows in (rows for of in tables(by_hand).values() for rows in of):
         columns = [i for i, head in enumerate(rows[0]) if re.match(r"(kNN|linear)($|, k =|: )", head)]
         for accuracy in re.findall(r"\d+\.\d\d", " ".join(row[i] for row in rows[1:] for i in columns)):
             assert accuracy in raw, rows[0]
@@ -2442,8 +2458,11 @@ def benchmark(argv):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["page"]:
+        Path(__file__).with_name("RESULTS.md").write_text(results_page(Path("runs/report")))
+        sys.exit()
     if sys.argv[1:2] != ["benchmark"]:
-        sys.exit("usage: pytest, or: python test_balcon.py benchmark [flags of balcon.py]")
+        sys.exit("usage: pytest, or: python test_balcon.py benchmark [flags of balcon.py], or: python test_balcon.py page")
     try:
         benchmark(sys.argv[2:])
     except Exception as error:
