@@ -1486,6 +1486,7 @@ def pictures(vectors, labels):
 def settings(**more):
     return SimpleNamespace(**{**dict(
         parts=("flip",), size=2, crop_scale=(1, 1), seed=0, views=4, theory_limit=None, alpha=2.0, lam=3.0,
+        loss="balanced", similarity="cosine",
         eval=["bias"], batch_size=1000, probe_epochs=30, probe_batch=16, probe_lr=10.0, probe_optimizer="sgd"), **more})
 
 
@@ -1784,7 +1785,7 @@ def test_assumptions_of_known_angles(monkeypatch):
 def test_repulsion_is_the_softmax_and_the_gradient():
     vectors, labels = clustered((4, 2), 30, seed=2)
     encoder = stub()
-    cfg = settings(parts=("flip", "gaussian_noise"), alpha=3.0, seed=28, loss="ntxent", similarity="cosine")
+    cfg = settings(parts=("flip", "gaussian_noise"), alpha=3.0, seed=28, loss="ntxent")
     found = balcon.repulsion(encoder, pictures(vectors, labels), None, cfg)
     z, y, lam = encoder.backbone.seen[0].flatten(1).double(), labels.repeat(2).tolist(), 3.0
     z = z / z.norm(dim=1, keepdim=True)
@@ -1816,7 +1817,7 @@ def test_repulsion_is_the_softmax_and_the_gradient():
             assert pull[same].sum().item() == pytest.approx(lam * got[own], rel=1e-4)
             assert pull[torch.tensor(twin)].sum().item() == pytest.approx(-1 + lam * positive, rel=1e-4)
     constant = balcon.repulsion(stub(), pictures(torch.full([17, 12], 9), torch.arange(17) % 3), None,
-                                settings(batch_size=8, loss="balanced", similarity="cosine"))  # a uniform softmax, in two batches of 8
+                                settings(batch_size=8))  # a uniform softmax, in two batches of 8
     assert constant["positive_similarity"] == pytest.approx(1) and constant["best_positive_similarity"] == 1
     assert constant["batch"] == 8 and constant["alpha_8"]["ntxent_positive"] == pytest.approx(1 / 15)
     assert constant["alpha_8"]["same_class"] == pytest.approx(constant["by_chance"])
