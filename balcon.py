@@ -10,7 +10,7 @@ through Supervised Objectives" (TMLR 2025, arXiv 2510.10572), which this file re
     torchrun --nproc_per_node=8 balcon.py --dataset imagenet --alpha 4 --lam 2      # eight GPUs
 
 Measured (RESULTS.md; 2 CPU cores, no GPU so far): the first line in about 2 minutes, kNN error 27.5 % untrained,
-@@ % trained. On 5,000 CIFAR-10 images, 15 epochs, two seeds: linear 43.5 % by the balanced loss at (α, λ) = (2, 4),
+4.5 % trained. On 5,000 CIFAR-10 images, 15 epochs, two seeds: linear 43.5 % by the balanced loss at (α, λ) = (2, 4),
 40.1 % by NT-Xent at (2, 1), 36.7 % untrained; most of the difference is λ, not the loss.
 
 Letters, the paper's: m images give 2m views with projections z of d dimensions; α sharpens the
