@@ -1154,25 +1154,28 @@ def theory_images(train, cfg):
                         f"among the {limit} it would use")
     return data, data.labels.to(train.device)
 
+def mean_length(gaps):
+    """Mean length of gaps [N, 2, d] between means over two halves of K views, as of infinitely many views, and its
+    standard error. The noise of a mean over K views makes lengths too long: their squares by a term in 1/K, which
+    half the views show twice. So we extrapolate the square of the mean length to K = ∞."""
+    whole, half = gaps.mean(1).norm(dim=1), gaps.norm(dim=2).mean(1)  # [N] each
+    square = 2 * whole.mean() ** 2 - half.mean() ** 2
+    error = (4 * whole.mean() * whole - 2 * half.mean() * half).std() / math.sqrt(len(gaps))  # of the square
+    return square.clamp(min=0).sqrt().item(), (error / (2 * square.maximum(error).sqrt())).item()
+
 def eq16(halves, labels):
     """Prototype representation bias, Eq. 16: E‖E[f(T(X))|y] − E f(T(x))‖, and its standard error over images.
 
-    halves: [N, 2, d], means over two halves of K views of each image. The noise of a mean over K views makes
-    distances too long: their squares by a term in 1/K, which half the views show twice. So we extrapolate
-    the square of the mean distance to K = ∞. The images are the population: an image is in its class's mean.
+    halves: [N, 2, d], means over two halves of K views. The images are the population: an image is in its class's mean.
     """
-    gap = class_means(halves, labels)[labels] - halves  # [N, 2, d]
-    whole, half = gap.mean(1).norm(dim=1), gap.norm(dim=2).mean(1)  # [N] each
-    square = 2 * whole.mean() ** 2 - half.mean() ** 2
-    error = (4 * whole.mean() * whole - 2 * half.mean() * half).std() / math.sqrt(len(labels))  # of the square
-    return square.clamp(min=0).sqrt().item(), (error / (2 * square.maximum(error).sqrt())).item()
+    return mean_length(class_means(halves, labels)[labels] - halves)
 
 def prototype_bias(encoder, train, test, cfg):
     """Eq. 51, the paper's estimate of the bias, and Eq. 16, the bias, in three spaces (Section 5.2, A.3.2).
 
     Eq. 51 moves the norm inside the expectations: by Jensen's inequality it is an upper bound of Eq. 16.
-    Neither has a scale of its own: *_relative divides by random_pairs, the mean distance of views of two
-    random images, each under its own t.
+    Neither has a scale of its own: *_relative divides Eq. 51 by the mean distance of views of two random images, each
+    under its own t, and Eq. 16 by that of two random images' mean views, which stronger augmentation shortens as well.
     """
     data, labels = theory_images(train, cfg)
     order, partner = torch.randperm(len(labels), generator=rng(cfg.seed, "pairs")), torch.empty_like(data.labels)
@@ -1183,11 +1186,12 @@ def prototype_bias(encoder, train, test, cfg):
     result = {}
     for space, (x, other, halves) in zip(("projection", "raw_projection", "features"), samples):
         distance, (bias, error) = (x - other).norm(dim=2), eq16(halves, labels)
-        scale = (x[order] - x[order.roll(1)]).norm(dim=2).mean().item() or math.nan  # collapse: no scale
+        views = (x[order] - x[order.roll(1)]).norm(dim=2).mean().item() or math.nan  # collapse: no scale
+        means = mean_length(halves[order] - halves[order.roll(1)])[0] or math.nan
         result[space] = {
             "eq51": distance.mean().item(), "eq51_se": distance.std().item() / math.sqrt(len(labels)),
-            "eq16": bias, "eq16_se": error, "random_pairs": scale,
-            "eq51_relative": distance.mean().item() / scale, "eq16_relative": bias / scale}
+            "eq16": bias, "eq16_se": error, "random_pairs": views, "random_mean_pairs": means,
+            "eq51_relative": distance.mean().item() / views, "eq16_relative": bias / means}
     return result
 
 def theorem_sides(anchor, mean_view, bank, labels, alpha):
@@ -1374,6 +1378,8 @@ def read_results(dirs):
             config["checkpoint"] = Path(config["checkpoint"] or "last.pt").stem  # the end of a run, or an earlier epoch
             if counts := found.get("class_counts"):
                 found.update(images=sum(counts), largest_class=max(counts), smallest_class=min(counts))
+            if curve := found.get("loss_over_epochs"):
+                found["above_floor"] = curve[-1]["above_floor"]
             runs.append({**flat(found), "config": config, "path": path})
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"--report: {path} is not the results of a run: {error!r}") from None
@@ -1425,11 +1431,52 @@ def bounds_table(title, kept):
     markdown(title, [["epoch", "gap of Eq. 8, attracting", "gap of Eq. 10, repelling"]] + [
         [at["epoch"], number(at["attract_gap"]), number(at["repel_gap"])] for at in kept])
 
-FIG_5 = {  # the paper's linear accuracies on CIFAR-10, 200 epochs; rows α = 1, 2, 4, 8, columns λ = 1, 2, 4, 8
+FIG_5_AXIS = [1, 2, 4, 8]
+FIG_5 = {  # the paper's linear accuracies on CIFAR-10, 200 epochs; rows α, columns λ
     "balanced": [[82.92, 84.43, 84.76, 84.43], [84.07, 85.26, 86.08, 85.13],
                  [86.02, 85.83, 84.48, 83.83], [85.26, 84.51, 82.95, 80.41]],
     "ntxent": [[82.38, 84.38, 85.03, 83.63], [84.95, 84.99, 85.85, 84.05],
                [84.83, 84.89, 84.05, 77.95], [82.99, 77.67, 75.23, 70.42]]}
+
+def quadratic(x, y):
+    """R² of the least-squares quadratic of y in x, and the x of its maximum; nan where there is none."""
+    known = np.isfinite(x) & np.isfinite(y)
+    if known.sum() < 6 or len(set(x[known])) < 3:
+        return math.nan, math.nan
+    a, b, c = np.polyfit(x[known], y[known], 2)
+    return 1 - (y - (a * x + b) * x - c)[known].var() / y[known].var(), -b / (2 * a) if a < 0 else math.nan
+
+def one_dial(cells, about):
+    """Is the α × λ grid one-dimensional? {(loss, α, λ): [run, ...]} -> figures to draw; prints tables.
+
+    (λ/α) log Σ exp(α s) = (λ/α) log K + λ·mean s + (αλ/2)·var s + … over K negatives. Where these spread out mean s is
+    about 0, and for α s not too large only αλ is left, as the weight of var s.
+    """
+    losses = sorted({loss for loss, *_ in cells})
+    names = {"linear": "linear", "similarity of positives": "repulsion positive_similarity",
+             "floor lowest at": "repulsion best_positive_similarity", "loss − floor": "above_floor"}
+    columns = [(loss, name) for name in names for loss in losses if (loss, name) != ("balanced", "floor lowest at")]  # 1
+    table, points = [["αλ", "α, λ", *(f"{loss}: {name}" for loss, name in columns)]], {}
+    for alpha, lam in sorted({cell[1:] for cell in cells}, key=lambda cell: (cell[0] * cell[1], cell)):
+        found = {(loss, name): over_seeds(cells.get((loss, alpha, lam), []), names[name]) for loss, name in columns}
+        table.append([f"{alpha * lam:g}", f"{alpha:g}, {lam:g}", *(text for _, text in found.values())])
+        for loss in losses:
+            points.setdefault(loss, []).append(
+                (alpha, lam, found[loss, "linear"][0], found[loss, "similarity of positives"][0]))
+    markdown(f"one dial: {about}", table)
+    papers = {f"the paper's {loss}": [(alpha, lam, FIG_5[loss][i][j], math.nan) for i, alpha in enumerate(FIG_5_AXIS)
+                                      for j, lam in enumerate(FIG_5_AXIS)] for loss in FIG_5}
+    fits = [["", "cells", "log α", "log λ", "log αλ", "best αλ", "similarity of positives", "best similarity"]]
+    for name, some in {**points, "both": sum(points.values(), []), **papers}.items():
+        alpha, lam, linear, similarity = np.array(some).T
+        by = [quadratic(x, linear) for x in (np.log2(alpha), np.log2(lam), np.log2(alpha * lam), similarity)]
+        fits.append([name, np.isfinite(linear).sum(), *("–" if math.isnan(x) else f"{x:.2f}" for x in (
+            *(r2 for r2, _ in by[:3]), 2 ** by[2][1], *by[3]))])
+    markdown(f"R² of a quadratic for linear accuracy: {about}", fits)
+    curves = [(loss, alpha * lam, of[0]["loss_over_epochs"]) for (loss, alpha, lam), of in sorted(cells.items())
+              if of[0].get("loss_over_epochs")]
+    return [("dial", f"one dial: {about}", {**points, **papers}),
+            *([("floor", f"loss above its floor: {about}", curves)] if curves else [])]
 
 def report(dirs, out):
     """Print Markdown tables that compare finished runs; with matplotlib, draw them as SVG into `out`.
@@ -1454,6 +1501,8 @@ def report(dirs, out):
     for metric in ("linear", "knn"):
         for cells in comparable(runs, "alpha", "lam"):  # Figs. 4 and 5
             alphas, lams = (sorted(set(values)) for values in zip(*cells))
+            if cells.keys() >= {(alpha, lam) for alpha in FIG_5_AXIS for lam in FIG_5_AXIS}:
+                alphas, lams = FIG_5_AXIS, FIG_5_AXIS  # cells beyond it are in the next table
             grid = [[over_seeds(cells.get((alpha, lam), []), metric) for lam in lams] for alpha in alphas]
             means = np.array([[mean for mean, _ in row] for row in grid])
             if np.isnan(means).all():
@@ -1465,18 +1514,13 @@ def report(dirs, out):
                 [f"α = {alpha:g}", *(f"**{text}**" if mean == np.nanmax(means) else text for mean, text in row)]
                 for alpha, row in zip(alphas, grid)])
             theirs = [group[0]["config"][key] for key in ("dataset", "similarity", "strategy", "subset")]
-            paper = FIG_5[loss] if alphas == lams == [1, 2, 4, 8] and theirs == [
+            paper = FIG_5[loss] if alphas == lams == FIG_5_AXIS and theirs == [
                 "cifar10", "cosine", "base", "full"] else None
             if paper and not np.isnan(means).any():
                 print(f"\nwith the paper's grid (Fig. 5, linear): {correlation(means.flatten(), np.ravel(paper))}")
             figures.append((f"grid_{loss}_{metric}", title, (alphas, lams, means, paper)))
-    for cells in comparable(runs, "alpha", "lam"):
-        group = sum(cells.values(), [])
-        markdown(f"{group[0]['config']['loss']} loss, similarity of positives: {about(group)}",
-                 [["α, λ", "measured", "where the loss floor is lowest"]] + [
-                     [f"{alpha:g}, {lam:g}", *(over_seeds(of, f"repulsion {key}")[1]
-                                               for key in ("positive_similarity", "best_positive_similarity"))]
-                     for (alpha, lam), of in sorted(cells.items())])
+    for cells in comparable(runs, "loss", "alpha", "lam", least=8):
+        figures += one_dial(cells, about(sum(cells.values(), [])))
 
     for varied in ("strategy", "similarity", "subset", "lr"):  # Fig. 3, Table 1, Tables 2 and 5, a control
         for cells in comparable(runs, varied):
@@ -1518,7 +1562,32 @@ def draw(figures, out):
     for number, (name, title, data) in enumerate(figures):
         figure = Figure((12, 7) if name == "bias" else (5, 4), layout="constrained")
         figure.suptitle(title, fontsize=7, wrap=True)
-        if name == "bounds":
+        if name == "dial":
+            figure.set_size_inches(13, 4)
+            panels = figure.subplots(1, 3)
+            for axes, label in zip(panels, ("αλ", "similarity of positives", "αλ (the paper's, 200 epochs)")):
+                axes.set(xlabel=label, ylabel="linear accuracy (%)")
+            for (loss, points), marker in zip(data.items(), itertools.cycle("os^v")):
+                alpha, lam, linear, similarity = np.array(points).T
+                for axes, x in [(panels[2], alpha * lam)] if "paper" in loss else [
+                        (panels[0], alpha * lam), (panels[1], similarity)]:
+                    dots = axes.scatter(x, linear, c=np.log2(alpha), marker=marker, label=loss, vmin=-1, vmax=4)
+            for axes in panels:
+                axes.legend()
+            for axes in panels[::2]:
+                axes.set_xscale("log", base=2)
+            figure.colorbar(dots, label="log₂ α")
+        elif name == "floor":
+            losses, products = (sorted(set(values)) for values in list(zip(*data))[:2])
+            figure.set_size_inches(5 * len(losses), 4)
+            colour = matplotlib.cm.ScalarMappable(matplotlib.colors.LogNorm(products[0], products[-1]))
+            panels = dict(zip(losses, np.ravel(figure.subplots(1, len(losses), sharey=True))))
+            for loss, product, curve in data:
+                panels[loss].set(title=loss, xlabel="epoch", ylabel="loss − floor")
+                panels[loss].plot([at["epoch"] for at in curve], [at["above_floor"] for at in curve],
+                                  color=colour.to_rgba(product))
+            figure.colorbar(colour, ax=panels[losses[-1]], label="αλ")
+        elif name == "bounds":
             axes = figure.subplots()
             for key, label in (("attract_gap", "attracting, Eq. 8"), ("repel_gap", "repelling, Eq. 10")):
                 axes.plot([at["epoch"] for at in data], [at[key] for at in data], "o-", label=label)
@@ -1797,6 +1866,8 @@ def run(cfg):
             results["seconds"] = round(pretrain(encoder, train, cfg, asked), 1)
     elif lead and not path.exists():
         open_log(cfg, 0).close()
+    if curve := [line for line in read_log(cfg.out / "log.jsonl") if line.get("epoch", 0.5) % 1 == 0]:
+        results["loss_over_epochs"] = [{key: line[key] for key in ("epoch", "loss", "above_floor")} for line in curve]
     for stage, name in missing:
         results[stage + name] = EVALUATIONS[name](new_encoder() if stage else encoder, labeled, test, cfg)
         save()  # each time: on ImageNet an evaluation takes hours

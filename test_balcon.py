@@ -767,6 +767,8 @@ def test_end_to_end_again_and_on_two_processes(tmp_path):
     assert all(0 <= found[name] <= 100 for name in MEASURED) and found["seconds"] > 0
     assert sorted(os.listdir(tmp_path / "one")) == [".lock", "last.pt", "log.jsonl", "previous.pt", "results.json"]
     assert re.search(r"untrained +\| trained", done.stdout) and f"{found['knn']:#.4g}" in done.stdout
+    assert {at["epoch"]: at["loss"] for at in found["loss_over_epochs"]} == {
+        step / 4: loss for step, loss in losses(tmp_path / "one").items()}
 
     before = {f.name: f.read_bytes() for f in (tmp_path / "one").iterdir()}
     again = cli(*TINY, "--out", tmp_path / "one")  # finished: not run again
@@ -1510,15 +1512,15 @@ def eq16_by_loops(halves, labels, kept=(0, 1)):
     return np.array([length(prototype[y] - x) for x, y in zip(own, labels)])
 
 
-def extrapolated(halves, labels):
-    """The square of the mean distance at K and at K/2 views, drawn on to 1/K = 0; its error by leaving images out."""
-    whole = eq16_by_loops(halves, labels)
-    half = (eq16_by_loops(halves, labels, [0]) + eq16_by_loops(halves, labels, [1])) / 2
+def extrapolated(lengths):
+    """lengths(halves kept) of N gaps: the square of their mean at K and at K/2 views, drawn on to 1/K = 0; its error by
+    leaving images out."""
+    whole, half = lengths((0, 1)), (lengths([0]) + lengths([1])) / 2
 
     def line(w, h):  # through (1/K, w²) and (2/K, h²)
         return math.sqrt(w ** 2 - (h ** 2 - w ** 2))
 
-    N = len(labels)
+    N = len(whole)
     without = [line((whole.sum() - w) / (N - 1), (half.sum() - h) / (N - 1)) for w, h in zip(whole, half)]
     return line(whole.mean(), half.mean()), math.sqrt((N - 1) * np.var(without))
 
@@ -1591,15 +1593,18 @@ def test_bias_is_its_equations(sizes, theory_limit):
         halves = np.array(c).reshape(2, 2, N, -1).mean(1).transpose(1, 0, 2)  # view by view
         y = labels[images].tolist()
         expected = {"eq51": np.mean(distance), "eq51_se": np.std(distance, ddof=1) / math.sqrt(N)}
-        expected["eq16"], expected["eq16_se"] = extrapolated(halves, y)
+        expected["eq16"], expected["eq16_se"] = extrapolated(lambda kept: eq16_by_loops(halves, y, kept))
         got = found[space]
         assert got["eq16_se"] == pytest.approx(expected.pop("eq16_se"), rel=.08 if N > 20 else .5)  # both first-order
         assert {key: got[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
-        assert [got[f"{eq}_relative"] * got["random_pairs"] for eq in ("eq51", "eq16")] == pytest.approx(
-            [got["eq51"], got["eq16"]])
+        for eq, scale in (("eq51", "random_pairs"), ("eq16", "random_mean_pairs")):
+            assert got[f"{eq}_relative"] * got[scale] == pytest.approx(got[eq])
         if N > 100:  # a random pairing of all images: neither within classes nor only across them
             pairs = [length(a[i] - a[j]) for i in range(N) for j in range(i)]
             assert got["random_pairs"] == pytest.approx(np.mean(pairs), rel=.06) and got["eq51"] < .8 * np.mean(pairs)
+            means, _ = extrapolated(lambda kept: np.array([length((halves[i] - halves[j])[list(kept)].mean(0))
+                                                           for i in range(N) for j in range(i)]))
+            assert got["random_mean_pairs"] == pytest.approx(means, rel=.06) and means < .9 * np.mean(pairs)
 
 
 def test_selected_rows_get_the_same_t(tmp_path):
@@ -2184,11 +2189,42 @@ def test_report_compares_with_the_papers_grid(tmp_path, capsys):
     balcon.report([tmp_path / "same"], tmp_path / "figures")
     text = capsys.readouterr().out
     assert "with the paper's grid (Fig. 5, linear): r = 1.00 [1.00, 1.00], ρ = 1.00" in text
-    assert ["2, 8", "0.500", "1.000"] in [row for of in tables(text).values() for rows in of for row in rows]
+    assert ["16", "2, 8", "42.56", "0.500", "–"] in [row for of in tables(text).values() for rows in of for row in rows]
     balcon.report([tmp_path / "transposed"], tmp_path / "figures")
     flat, other = np.ravel(rows), np.ravel(np.transpose(rows))
     rank = [[np.mean([k + 1 for k, w in enumerate(sorted(x)) if w == v]) for v in x] for x in (flat, other)]
     assert f"ρ = {statistics.correlation(*rank):.2f}" in capsys.readouterr().out  # 84.43 is there twice
+
+
+def test_report_finds_the_dial(tmp_path, capsys):
+    """Accuracies made from αλ, similarities from α: which of them explains the accuracies is in the table."""
+    for loss in ("balanced", "ntxent"):
+        for i, j in itertools.product(range(4), repeat=2):
+            alpha, lam, off = float(2 ** i), float(2 ** j), 0.5 * (-1) ** (i * j)
+            curve = [{"epoch": 1.0, "loss": 9.0, "above_floor": 2.0}, {"epoch": 2.0, "loss": 8.0, "above_floor": i + j / 8}]
+            put_results(tmp_path / f"{loss}{i}{j}", alpha=alpha, lam=lam, loss=loss, loss_over_epochs=curve,
+                        linear=50 - (i + j - 2.5) ** 2 + off, repulsion={"positive_similarity": 1 - i / 9,
+                                                                       "best_positive_similarity": 0.5})
+    put_results(tmp_path / "beyond", alpha=16.0, lam=0.5, linear=50 - 0.5 ** 2)
+    balcon.report([tmp_path], tmp_path / "figures")
+    found = {title.split(":")[0]: rows for title, (rows,) in tables(capsys.readouterr().out).items()}
+    assert ["8", "4, 2", "50.25", "50.25", "0.778", "0.778", "0.500", "2.125", "2.125"] in found["one dial"]
+    assert ["8", "16, 0.5", "49.75", *6 * ["–"]] in found["one dial"] and len(found["one dial"]) == 18
+    assert [row[0] for row in found["balanced loss, linear accuracy (%)"]] == ["", *(f"α = {a}" for a in (1, 2, 4, 8))]
+    i, j = (np.array(x) for x in zip(*itertools.product(range(4), repeat=2)))
+    y = 50 - (i + j - 2.5) ** 2 + 0.5 * (-1.0) ** (i * j)
+
+    def r2(x):  # by the normal equations
+        X = np.stack([np.ones(16), x, x * x], 1)
+        b = np.linalg.solve(X.T @ X, X.T @ y)
+        return 1 - ((y - X @ b) ** 2).sum() / ((y - y.mean()) ** 2).sum(), -b[1] / (2 * b[2])
+
+    (by_product, log), (by_similarity, best) = r2(i + j), r2(1 - i / 9)
+    rows = {row[0]: row[1:] for row in found["R² of a quadratic for linear accuracy"]}
+    assert rows["ntxent"] == ["16", *(f"{x:.2f}" for x in (
+        r2(i)[0], r2(j)[0], by_product, 2 ** log, by_similarity, best))] and by_product > .9 > by_similarity + .5
+    assert rows["the paper's balanced"][1:] == ["0.30", "0.17", "0.88", "6.11", "–", "–"]  # by hand from Fig. 5
+    assert rows["balanced"][0] == "17" and rows["both"][0] == "33"
 
 
 def test_report_by_learning_rate(tmp_path, capsys):
