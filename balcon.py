@@ -1277,14 +1277,23 @@ def false_negatives(z, labels, m, cfg):
 def repulsion(encoder, train, test, cfg):
     """False negatives in batches as in training: which share of the repelling softmax lies on the anchor's own
     class, by α. Times λ it is the weight of their gradient, beside the positive's 1. NT-Xent has the positive
-    in the softmax as well, and leaves the rest of its mass to the negatives."""
+    in the softmax as well, and leaves the rest of its mass to the negatives.
+
+    And whether α and λ are one dial: of an anchor's K negatives (λ/α) log Σ exp(α s) = (λ/α) log K + λ mean s +
+    (αλ/2) var s + …, in which mean s is close to 0. repelling: all beyond the mean; second_order: the term of var s.
+    """
     data, labels = theory_images(train, cfg)
     z, m = embed(encoder, data, cfg, "two views", n=2, groups=2)[0], min(cfg.batch_size, len(labels))
     found = false_negatives(z, labels, m, cfg)
     best = best_positive_similarity(cfg.batch_size, cfg.alpha, cfg.lam) if cfg.loss == "ntxent" else 1.0
+    negatives = torch.cat([s[~same_image].view(2 * m, -1) for s, same_image, _ in batches_of_views(z, labels, m, cfg)])
+    mean = negatives.mean(1)  # over K = 2(m−1): [anchors]
+    beyond = ((cfg.alpha * negatives).logsumexp(1) - math.log(negatives.shape[1])) / cfg.alpha - mean
     return {"batch": m, "by_chance": next(iter(found.values()), {}).get("by_chance"),
             "positive_similarity": (z[:, 0] * z[:, 1]).sum(-1).mean().item(),
-            "best_positive_similarity": best if cfg.similarity == "cosine" else None, **{alpha: {
+            "best_positive_similarity": best if cfg.similarity == "cosine" else None,
+            "negative_similarity": mean.mean().item(), "repelling": cfg.lam * beyond.mean().item(),
+            "second_order": cfg.alpha * cfg.lam / 2 * negatives.var(1, correction=0).mean().item(), **{alpha: {
         "same_class": x["share"], "same_class_times_lam": cfg.lam * x["share"],
         "ntxent_positive": x["positive"], "ntxent_same_class": x["share_beside_positive"]}
         for alpha, x in found.items()}}
@@ -1447,23 +1456,19 @@ def quadratic(x, y):
     return 1 - (y - (a * x + b) * x - c)[known].var() / y[known].var(), -b / (2 * a) if a < 0 else math.nan
 
 def one_dial(cells, about):
-    """Is the α × λ grid one-dimensional? {(loss, α, λ): [run, ...]} -> figures to draw; prints tables.
-
-    (λ/α) log Σ exp(α s) = (λ/α) log K + λ·mean s + (αλ/2)·var s + … over K negatives. Where these spread out mean s is
-    about 0, and for α s not too large only αλ is left, as the weight of var s.
-    """
-    losses = sorted({loss for loss, *_ in cells})
+    """Is the α × λ grid one-dimensional, as `repulsion` says why? {(loss, α, λ): [run, ...]} -> figures; prints tables."""
     names = {"linear": "linear", "similarity of positives": "repulsion positive_similarity",
-             "floor lowest at": "repulsion best_positive_similarity", "loss − floor": "above_floor"}
-    columns = [(loss, name) for name in names for loss in losses if (loss, name) != ("balanced", "floor lowest at")]  # 1
-    table, points = [["αλ", "α, λ", *(f"{loss}: {name}" for loss, name in columns)]], {}
-    for alpha, lam in sorted({cell[1:] for cell in cells}, key=lambda cell: (cell[0] * cell[1], cell)):
-        found = {(loss, name): over_seeds(cells.get((loss, alpha, lam), []), names[name]) for loss, name in columns}
-        table.append([f"{alpha * lam:g}", f"{alpha:g}, {lam:g}", *(text for _, text in found.values())])
-        for loss in losses:
-            points.setdefault(loss, []).append(
-                (alpha, lam, found[loss, "linear"][0], found[loss, "similarity of positives"][0]))
-    markdown(f"one dial: {about}", table)
+             "floor lowest at": "repulsion best_positive_similarity", "loss − floor": "above_floor",
+             "mean s of negatives": "repulsion negative_similarity", "repelling beyond it": "repulsion repelling",
+             "(αλ/2) var s": "repulsion second_order"}
+    points, head = {}, ["αλ", "α, λ", *names]
+    for loss in sorted({loss for loss, *_ in cells}):
+        rows = []
+        for alpha, lam in sorted((cell for of, *cell in cells if of == loss), key=lambda cell: (math.prod(cell), cell)):
+            found = [over_seeds(cells[loss, alpha, lam], key) for key in names.values()]
+            rows.append([f"{alpha * lam:g}", f"{alpha:g}, {lam:g}", *(text for _, text in found)])
+            points.setdefault(loss, []).append((alpha, lam, found[0][0], found[1][0]))
+        markdown(f"{loss} loss, one dial: {about}", [head, *rows])
     papers = {f"the paper's {loss}": [(alpha, lam, FIG_5[loss][i][j], math.nan) for i, alpha in enumerate(FIG_5_AXIS)
                                       for j, lam in enumerate(FIG_5_AXIS)] for loss in FIG_5}
     fits = [["", "cells", "log α", "log λ", "log αλ", "best αλ", "similarity of positives", "best similarity"]]

@@ -124,6 +124,21 @@ def test_relation_to_eq_14_and_15_and_cross_entropy():
     assert F.cross_entropy(logits, target).item() == pytest.approx(eq15)
 
 
+def test_to_second_order_only_the_product_counts():
+    """What `one_dial` says of the repelling term: what is left over shrinks as α², the mean aside at one αλ."""
+    z1, z2 = unit(16, 6)
+    z, left = [*z1, *z2], []
+    negatives = np.array([[float(u @ v) for j, v in enumerate(z) if j % 16 != i % 16] for i, u in enumerate(z)])
+    positive, K = np.mean([float(u @ v) for u, v in zip(z1, z2)]), 30
+    mean, variance = negatives.mean(), negatives.var(axis=1).mean()
+    for alpha in (0.001, 0.002, 0.004):
+        lam = 0.1 / alpha
+        second = -positive + lam / alpha * math.log(K) + lam * mean + alpha * lam / 2 * variance
+        left.append(balanced_contrastive_loss(z1, z2, alpha, lam).item() - second)
+    assert left[1] / left[0] == pytest.approx(2, rel=.05) == left[2] / left[1]  # α²λ, and αλ is constant
+    assert abs(left[2]) < 0.02 * alpha * lam / 2 * variance
+
+
 def simplex(m):
     """m unit vectors whose pairwise similarity is −1/(m−1)."""
     return F.normalize(torch.eye(m, dtype=torch.float64) - 1 / m, dim=1)
@@ -1801,6 +1816,11 @@ def test_repulsion_is_the_softmax_and_the_gradient():
     assert found["by_chance"] == pytest.approx(same.double().sum(1).mean().item() / 10)
     assert found["positive_similarity"] == pytest.approx(sum(float(z[i] @ z[i + 6]) for i in range(6)) / 6, rel=1e-4)
     assert found["best_positive_similarity"] == balcon.best_positive_similarity(cfg.batch_size, 3.0, lam)
+    repelled = [[float(z[i] @ z[j]) for j in range(12) if j % 6 != i % 6] for i in range(12)]
+    assert found["negative_similarity"] == pytest.approx(np.mean(repelled), rel=1e-4)
+    assert found["second_order"] == pytest.approx(3 * lam / 2 * np.var(repelled, axis=1).mean(), rel=1e-4)
+    beyond = lam * np.mean([math.log(np.mean(np.exp(3 * np.array(s)))) / 3 - np.mean(s) for s in repelled])
+    assert found["repelling"] == pytest.approx(beyond, rel=1e-4)
     for alpha in (1.0, 2.0, 3.0, 8.0):
         shares = {"same_class": 0.0, "ntxent_positive": 0.0, "ntxent_same_class": 0.0}
         for i in range(12):
@@ -2189,7 +2209,7 @@ def test_report_compares_with_the_papers_grid(tmp_path, capsys):
     balcon.report([tmp_path / "same"], tmp_path / "figures")
     text = capsys.readouterr().out
     assert "with the paper's grid (Fig. 5, linear): r = 1.00 [1.00, 1.00], ρ = 1.00" in text
-    assert ["16", "2, 8", "42.56", "0.500", "–"] in [row for of in tables(text).values() for rows in of for row in rows]
+    assert ["16", "2, 8", "42.56", "0.500", "1.000"] in [row[:5] for of in tables(text).values() for rows in of for row in rows]
     balcon.report([tmp_path / "transposed"], tmp_path / "figures")
     flat, other = np.ravel(rows), np.ravel(np.transpose(rows))
     rank = [[np.mean([k + 1 for k, w in enumerate(sorted(x)) if w == v]) for v in x] for x in (flat, other)]
@@ -2203,13 +2223,15 @@ def test_report_finds_the_dial(tmp_path, capsys):
             alpha, lam, off = float(2 ** i), float(2 ** j), 0.5 * (-1) ** (i * j)
             curve = [{"epoch": 1.0, "loss": 9.0, "above_floor": 2.0}, {"epoch": 2.0, "loss": 8.0, "above_floor": i + j / 8}]
             put_results(tmp_path / f"{loss}{i}{j}", alpha=alpha, lam=lam, loss=loss, loss_over_epochs=curve,
-                        linear=50 - (i + j - 2.5) ** 2 + off, repulsion={"positive_similarity": 1 - i / 9,
-                                                                       "best_positive_similarity": 0.5})
+                        linear=50 - (i + j - 2.5) ** 2 + off, repulsion={
+                            "positive_similarity": 1 - i / 9, "best_positive_similarity": 0.5,
+                            "negative_similarity": 0.01, "repelling": 0.2, "second_order": 0.1})
     put_results(tmp_path / "beyond", alpha=16.0, lam=0.5, linear=50 - 0.5 ** 2)
     balcon.report([tmp_path], tmp_path / "figures")
     found = {title.split(":")[0]: rows for title, (rows,) in tables(capsys.readouterr().out).items()}
-    assert ["8", "4, 2", "50.25", "50.25", "0.778", "0.778", "0.500", "2.125", "2.125"] in found["one dial"]
-    assert ["8", "16, 0.5", "49.75", *6 * ["–"]] in found["one dial"] and len(found["one dial"]) == 18
+    dial = found["balanced loss, one dial"]
+    assert ["8", "4, 2", "50.25", "0.778", "0.500", "2.125", "0.010", "0.200", "0.100"] in dial and len(dial) == 18
+    assert ["8", "16, 0.5", "49.75", *6 * ["–"]] in dial and len(found["ntxent loss, one dial"]) == 17
     assert [row[0] for row in found["balanced loss, linear accuracy (%)"]] == ["", *(f"α = {a}" for a in (1, 2, 4, 8))]
     i, j = (np.array(x) for x in zip(*itertools.product(range(4), repeat=2)))
     y = 50 - (i + j - 2.5) ** 2 + 0.5 * (-1.0) ** (i * j)
