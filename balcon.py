@@ -1471,9 +1471,9 @@ def one_dial(cells, about):
         markdown(f"{loss} loss, one dial: {about}", [head, *rows])
     papers = {f"the paper's {loss}": [(alpha, lam, FIG_5[loss][i][j], math.nan) for i, alpha in enumerate(FIG_5_AXIS)
                                       for j, lam in enumerate(FIG_5_AXIS)] for loss in FIG_5}
-    fits = [["", "cells", "log α", "log λ", "log αλ", "best αλ", "similarity of positives", "best similarity"]]
+    fits = [["", "cells, λ ≥ 1", "log α", "log λ", "log αλ", "best αλ", "similarity of positives", "best similarity"]]
     for name, some in {**points, "both": sum(points.values(), []), **papers}.items():
-        alpha, lam, linear, similarity = np.array(some).T
+        alpha, lam, linear, similarity = np.array([point for point in some if point[1] >= 1]).T  # λ < 1: all attract
         by = [quadratic(x, linear) for x in (np.log2(alpha), np.log2(lam), np.log2(alpha * lam), similarity)]
         fits.append([name, np.isfinite(linear).sum(), *("–" if math.isnan(x) else f"{x:.2f}" for x in (
             *(r2 for r2, _ in by[:3]), 2 ** by[2][1], *by[3]))])
@@ -1523,7 +1523,8 @@ def report(dirs, out):
                 "cifar10", "cosine", "base", "full"] else None
             if paper and not np.isnan(means).any():
                 print(f"\nwith the paper's grid (Fig. 5, linear): {correlation(means.flatten(), np.ravel(paper))}")
-            figures.append((f"grid_{loss}_{metric}", title, (alphas, lams, means, paper)))
+            if min(means.shape) > 1:
+                figures.append((f"grid_{loss}_{metric}", title, (alphas, lams, means, paper)))
     for cells in comparable(runs, "loss", "alpha", "lam", least=8):
         figures += one_dial(cells, about(sum(cells.values(), [])))
 
@@ -1578,7 +1579,7 @@ def draw(figures, out):
                         (panels[0], alpha * lam), (panels[1], similarity)]:
                     dots = axes.scatter(x, linear, c=np.log2(alpha), marker=marker, label=loss, vmin=-1, vmax=4)
             for axes in panels:
-                axes.legend()
+                axes.legend(loc="lower center")
             for axes in panels[::2]:
                 axes.set_xscale("log", base=2)
             figure.colorbar(dots, label="log₂ α")

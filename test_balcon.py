@@ -2181,7 +2181,7 @@ def test_report_keeps_epochs_apart_and_refuses_two_answers(tmp_path, capsys):
 def test_report_bounds_and_figures(tmp_path, capsys, monkeypatch):
     kept = [{"epoch": epoch, "attract_gap": 0.5 / (epoch + 1), "repel_gap": 2.0} for epoch in (0, 10)]
     put_results(tmp_path / "runs" / "a", bounds_over_epochs=kept, linear=40.0, bias=1.0)
-    put_results(tmp_path / "runs" / "b", lam=1.0, linear=41.0)
+    put_results(tmp_path / "runs" / "b", lam=1.0, alpha=1.0, linear=41.0)
     put_results(tmp_path / "runs" / "c", add=["random_cutout"], linear=41.0, bias=2.0)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     balcon.report([tmp_path / "runs"], tmp_path / "figures")
@@ -2246,7 +2246,7 @@ def test_report_finds_the_dial(tmp_path, capsys):
     assert rows["ntxent"] == ["16", *(f"{x:.2f}" for x in (
         r2(i)[0], r2(j)[0], by_product, 2 ** log, by_similarity, best))] and by_product > .9 > by_similarity + .5
     assert rows["the paper's balanced"][1:] == ["0.30", "0.17", "0.88", "6.11", "–", "–"]  # by hand from Fig. 5
-    assert rows["balanced"][0] == "17" and rows["both"][0] == "33"
+    assert rows["balanced"][0] == "16" and rows["both"][0] == "32"  # those with λ ≥ 1
 
 
 def test_report_by_learning_rate(tmp_path, capsys):
