@@ -1504,7 +1504,7 @@ def report(dirs, out):
                 f"{rate}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
 
     for metric in ("linear", "knn"):
-        for cells in comparable(runs, "alpha", "lam"):  # Figs. 4 and 5
+        for cells in comparable(runs, "alpha", "lam", least=3):  # Figs. 4 and 5
             alphas, lams = (sorted(set(values)) for values in zip(*cells))
             if cells.keys() >= {(alpha, lam) for alpha in FIG_5_AXIS for lam in FIG_5_AXIS}:
                 alphas, lams = FIG_5_AXIS, FIG_5_AXIS  # cells beyond it are in the next table
@@ -1523,12 +1523,20 @@ def report(dirs, out):
                 "cifar10", "cosine", "base", "full"] else None
             if paper and not np.isnan(means).any():
                 print(f"\nwith the paper's grid (Fig. 5, linear): {correlation(means.flatten(), np.ravel(paper))}")
-            if min(means.shape) > 1:
-                figures.append((f"grid_{loss}_{metric}", title, (alphas, lams, means, paper)))
+            figures.append((f"grid_{loss}_{metric}", title, (alphas, lams, means, paper)))
     for cells in comparable(runs, "loss", "alpha", "lam", least=8):
         figures += one_dial(cells, about(sum(cells.values(), [])))
 
-    for varied in ("strategy", "similarity", "subset", "lr"):  # Fig. 3, Table 1, Tables 2 and 5, a control
+    for cells in comparable(runs, "loss", "alpha", "lam", "lr"):  # a control that the paper lacks
+        rates, methods = sorted({cell[3] for cell in cells}), sorted({cell[:3] for cell in cells})
+        methods = [method for method in methods if sum((*method, rate) in cells for rate in rates) > 1]
+        group = [run for cell, of in cells.items() if cell[:3] in methods for run in of]
+        for metric in ("linear", "knn") if group else ():
+            markdown(f"{metric} accuracy (%) by learning rate: {about(group, varied='lr')}", [["", *(f"{rate:g}" for rate in rates)]] + [
+                ["{} ({:g}, {:g})".format(*method), *(over_seeds(cells.get((*method, rate), []), metric)[1]
+                                                      for rate in rates)] for method in methods])
+
+    for varied in ("strategy", "similarity", "subset"):  # Fig. 3, Table 1, Tables 2 and 5
         for cells in comparable(runs, varied):
             group, accuracies = sum(cells.values(), []), ["linear", "knn"]
             method = "{loss} ({alpha:g}, {lam:g})".format(**group[0]["config"])

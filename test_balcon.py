@@ -2165,14 +2165,15 @@ def test_report_strategies_similarities_and_subsets(tmp_path, capsys):
 def test_report_keeps_epochs_apart_and_refuses_two_answers(tmp_path, capsys):
     put_results(tmp_path / "run", linear=40.0)
     put_results(tmp_path / "other", linear=41.0, lam=1.0)
+    put_results(tmp_path / "third", linear=42.0, lam=8.0)
     put_results(tmp_path / "early", linear=20.0, checkpoint="runs/run/epoch0010.pt")
     put_results(tmp_path / "end", knn=30.0, checkpoint="runs/run/last.pt")  # the same network, another word
     balcon.report([tmp_path], tmp_path / "figures")
     found = tables(capsys.readouterr().out)
     (grid,), = [rows for title, rows in found.items() if "linear accuracy" in title]
-    assert grid == [["", "λ = 1", "λ = 4"], ["α = 2", "**41.00**", "40.00"]]
+    assert grid == [["", "λ = 1", "λ = 4", "λ = 8"], ["α = 2", "41.00", "40.00", "**42.00**"]]
     assert sorted(row[-4:] for row in found["all runs"][0][1:]) == [
-        ["epoch0010", "1", "20.00", "–"], ["last", "1", "40.00", "30.00"], ["last", "1", "41.00", "–"]]
+        ["epoch0010", "1", "20.00", "–"], ["last", "1", "40.00", "30.00"], ["last", "1", "41.00", "–"], ["last", "1", "42.00", "–"]]
     put_results(tmp_path / "again", linear=40.5)
     with pytest.raises(balcon.UserError, match="the same configuration and seed"):
         balcon.report([tmp_path], tmp_path / "figures")
@@ -2181,7 +2182,8 @@ def test_report_keeps_epochs_apart_and_refuses_two_answers(tmp_path, capsys):
 def test_report_bounds_and_figures(tmp_path, capsys, monkeypatch):
     kept = [{"epoch": epoch, "attract_gap": 0.5 / (epoch + 1), "repel_gap": 2.0} for epoch in (0, 10)]
     put_results(tmp_path / "runs" / "a", bounds_over_epochs=kept, linear=40.0, bias=1.0)
-    put_results(tmp_path / "runs" / "b", lam=1.0, alpha=1.0, linear=41.0)
+    for name, lam in (("b", 1.0), ("d", 8.0)):
+        put_results(tmp_path / "runs" / name, lam=lam, linear=41.0)
     put_results(tmp_path / "runs" / "c", add=["random_cutout"], linear=41.0, bias=2.0)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     balcon.report([tmp_path / "runs"], tmp_path / "figures")
@@ -2192,7 +2194,7 @@ def test_report_bounds_and_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
     for _ in range(2):
-        balcon.report([tmp_path / "runs" / name for name in "abc"], tmp_path / "figures")
+        balcon.report([tmp_path / "runs" / name for name in "abcd"], tmp_path / "figures")
         files = {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
     assert sorted(files) == ["00_grid_balanced_linear.svg", "01_bias.svg", "02_bounds.svg"]
     assert all(ElementTree.fromstring(svg).tag.endswith("svg") and b"<dc:date>" not in svg for svg in files.values())
@@ -2252,9 +2254,16 @@ def test_report_finds_the_dial(tmp_path, capsys):
 def test_report_by_learning_rate(tmp_path, capsys):
     for lr in (0.1, 0.4):
         put_results(tmp_path / str(lr), lr=lr, linear=40 + lr)
+    put_results(tmp_path / "other", lr=0.2, lam=1.0, linear=50.0)
+    put_results(tmp_path / "seed", lr=0.4, linear=41.4, seed=1)
+    put_results(tmp_path / "ntxent", lr=0.4, loss="ntxent", linear=30.0)
+    put_results(tmp_path / "ntxent again", lr=0.2, loss="ntxent", linear=31.0, knn=20.0)
     balcon.report([tmp_path], tmp_path / "figures")
-    (title, (rows,)), = [(t, of) for t, of in tables(capsys.readouterr().out).items() if t.startswith("by lr")]
-    assert "lr 0.1" not in title and rows == [["lr", "linear", "knn"], ["0.4", "40.40", "–"], ["0.1", "40.10", "–"]]
+    found = {title: rows for title, (rows,) in tables(capsys.readouterr().out).items() if "by learning rate" in title}
+    linear, knn = found.values()
+    assert linear == [["", "0.1", "0.2", "0.4"], ["balanced (2, 4)", "40.10", "–", "40.90 ± 0.71"],
+                      ["ntxent (2, 4)", "–", "31.00", "30.00"]]  # (2, 1) has one rate only
+    assert knn[2] == ["ntxent (2, 4)", "–", "20.00", "–"] and "lr 0" not in "".join(found)
 
 
 def results_page(out):
