@@ -1549,8 +1549,10 @@ def report(dirs, out):
                 markdown(title, [[varied, *columns]] + [
                     [name, *(over_seeds(cells[name,], key)[1] for key in columns)] for name in names])
             mean = {key: [over_seeds(cells[name,], key)[0] for name in names] for key in accuracies + biases}
-            markdown(f"bias against accuracy, {len(names)} strategies as points, {title}", [["", "linear", "knn"]] + [
-                [key, *(correlation(mean[key], mean[of]) for of in accuracies)] for key in biases])
+            markdown(f"bias against accuracy, {len(names)} strategies as points, {title}", [
+                ["", *accuracies, *(f"{of}, without {names[-1]}" for of in accuracies)]] + [
+                [key, *(correlation(mean[key][:end], mean[of][:end]) for end in (None, -1) for of in accuracies)]
+                for key in biases])
             if np.isfinite(mean.get(f"bias {SPACES[0]} eq51", math.nan)).any():
                 figures.append(("bias", title, (names, mean["linear"], {key: mean[key] for key in biases[:6]})))
 

@@ -2155,6 +2155,9 @@ def test_report_strategies_similarities_and_subsets(tmp_path, capsys):
     assert by["similarity"] == [["similarity", "linear", "knn"], ["cosine", "42.00", "30.00"], ["dot", "10.00", "–"]]
     assert ["lt", "100", "90", "10", "20.00", "–"] in by["subset"]
     n, r = len(linear), statistics.correlation(linear, bias)
+    rest = [i for i in range(n) if linear[i] > min(linear)]  # without the worst strategy
+    (head, *correlations), without = by[""], statistics.correlation(*([x[i] for i in rest] for x in (linear, bias)))
+    assert head[3] == "linear, without +random_rotation" and correlations[0][3].startswith(f"r = {without:.2f} [")
     ranks = [[sorted(values).index(v) for v in values] for values in (linear, bias)]
     low, high = (math.tanh(math.atanh(r) + sign * 1.96 / math.sqrt(n - 3)) for sign in (-1, 1))
     expected = f"r = {r:.2f} [{low:.2f}, {high:.2f}], ρ = {statistics.correlation(*ranks):.2f}"
