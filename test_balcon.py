@@ -1987,8 +1987,18 @@ def test_checkpoint_with_its_own_flags_again(tmp_path):
     flags = ["--subset-file", str(tmp_path / "list.txt"), "--views", "4", "--out", str(tmp_path / "x")]
     balcon.save_atomically(tmp_path / "a.pt", {"backbone": {}, "config": balcon.public(balcon.parse_flags(flags))})
     again = balcon.parse_flags(["--checkpoint", str(tmp_path / "a.pt"), *flags])
-    assert again.subset_file == tmp_path / "list.txt" and again.views == 4
+    assert again.subset_file == tmp_path / "list.txt" and again.views == 4 and again.trained_on is None
 
+
+@pytest.mark.parametrize("trained, evaluated, said", [
+    ("--subset lt --limit 200", "--subset full", "subset=lt limit=200"), ("--subset uni", "--subset uni", None),
+    ("", "--limit 200", "subset=full"), ("--limit 200", "--subset lt", "limit=100"), ("--subset lt", "--k 1", None)])
+def test_an_evaluation_with_other_images_says_what_was_trained_on(trained, evaluated, said, tmp_path):
+    balcon.save_atomically(tmp_path / "a.pt", {"backbone": {}, "config": balcon.public(balcon.parse_flags(trained.split()))})
+    cfg = balcon.parse_flags(["--checkpoint", str(tmp_path / "a.pt"), *evaluated.split()])
+    assert cfg.trained_on == said
+    if evaluated == "--subset full":
+        assert cfg.subset == "full" and cfg.limit is None
 
 # ------------------------------------------ kept checkpoints -----------------------------------
 DRAWN = functools.cache(balcon.draw_patterns)
@@ -2146,6 +2156,8 @@ def test_report_strategies_similarities_and_subsets(tmp_path, capsys):
     for subset in ("lt", "uni"):
         put_results(tmp_path / subset, subset=subset, epochs=7, linear=20.0,
                     class_counts=[90, 10] if subset == "lt" else [50, 50])
+    put_results(tmp_path / "lt again", subset="full", epochs=7, linear=25.0, trained_on="subset=lt",
+                class_counts=[500, 500])
     balcon.report([tmp_path], tmp_path / "figures")
     text = capsys.readouterr().out
     found = [rows for group in tables(text).values() for rows in group]
@@ -2154,6 +2166,7 @@ def test_report_strategies_similarities_and_subsets(tmp_path, capsys):
     assert ["−color_distortion", "39.50", "31.00"] in by["strategy"]
     assert by["similarity"] == [["similarity", "linear", "knn"], ["cosine", "42.00", "30.00"], ["dot", "10.00", "–"]]
     assert ["lt", "100", "90", "10", "20.00", "–"] in by["subset"]
+    assert by["subset"][1] == ["subset=lt, evaluated with full", "1000", "500", "500", "25.00", "–"]
     n, r = len(linear), statistics.correlation(linear, bias)
     rest = [i for i in range(n) if linear[i] > min(linear)]  # without the worst strategy
     (head, *correlations), without = by[""], statistics.correlation(*([x[i] for i in rest] for x in (linear, bias)))
@@ -2183,7 +2196,8 @@ def test_report_keeps_epochs_apart_and_refuses_two_answers(tmp_path, capsys):
 
 
 def test_report_bounds_and_figures(tmp_path, capsys, monkeypatch):
-    kept = [{"epoch": epoch, "attract_gap": 0.5 / (epoch + 1), "repel_gap": 2.0} for epoch in (0, 10)]
+    kept = [{"epoch": epoch, "attract_gap": 0.5 / (epoch + 1), "repel_gap": 2.0, "nu_mean": 0.25, "repel_lhs": 7.0,
+             "attract_violated": 1.5, "repel_violated": 0.0} for epoch in (0, 10)]
     put_results(tmp_path / "runs" / "a", bounds_over_epochs=kept, linear=40.0, bias=1.0)
     for name, lam in (("b", 1.0), ("d", 8.0)):
         put_results(tmp_path / "runs" / name, lam=lam, linear=41.0)
@@ -2191,7 +2205,7 @@ def test_report_bounds_and_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     balcon.report([tmp_path / "runs"], tmp_path / "figures")
     text = capsys.readouterr().out
-    assert [["0", "0.5000", "2.000"], ["10", "0.04545", "2.000"]] in [
+    assert [[epoch, gap, "2.000", "0.2500", "1.500", "0.000"] for epoch, gap in (("0", "0.5000"), ("10", "0.04545"))] in [
         rows[1:] for of in tables(text).values() for rows in of]
     assert "no matplotlib: no figures" in text and not (tmp_path / "figures").exists()
     monkeypatch.undo()
