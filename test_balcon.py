@@ -1992,7 +1992,7 @@ def test_checkpoint_with_its_own_flags_again(tmp_path):
 
 @pytest.mark.parametrize("trained, evaluated, said", [
     ("--subset lt --limit 200", "--subset full", "subset=lt limit=200"), ("--subset uni", "--subset uni", None),
-    ("", "--limit 200", "subset=full"), ("--limit 200", "--subset lt", "limit=100"), ("--subset lt", "--k 1", None)])
+    ("", "--limit 200", "subset=full"), ("--limit 200", "--subset lt", "limit=200"), ("--subset lt", "--k 1", None)])
 def test_an_evaluation_with_other_images_says_what_was_trained_on(trained, evaluated, said, tmp_path):
     balcon.save_atomically(tmp_path / "a.pt", {"backbone": {}, "config": balcon.public(balcon.parse_flags(trained.split()))})
     cfg = balcon.parse_flags(["--checkpoint", str(tmp_path / "a.pt"), *evaluated.split()])
