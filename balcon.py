@@ -1460,7 +1460,7 @@ def quadratic(x, y):
     return 1 - (y - (a * x + b) * x - c)[known].var() / y[known].var(), -b / (2 * a) if a < 0 else math.nan
 
 def one_dial(cells, about):
-    """Is the α × λ grid one-dimensional, as `repulsion` says why? {(loss, α, λ): [run, ...]} -> figures; prints tables."""
+    """Is the α × λ grid one-dimensional, and why: see `repulsion`. {(loss, α, λ): [run, ...]} -> figures; prints tables."""
     names = {"linear": "linear", "similarity of positives": "repulsion positive_similarity",
              "floor lowest at": "repulsion best_positive_similarity", "loss − floor": "above_floor",
              "mean s of negatives": "repulsion negative_similarity", "repelling beyond it": "repulsion repelling",
@@ -1473,11 +1473,11 @@ def one_dial(cells, about):
             rows.append([f"{alpha * lam:g}", f"{alpha:g}, {lam:g}", *(text for _, text in found)])
             points.setdefault(loss, []).append((alpha, lam, found[0][0], found[1][0]))
         markdown(f"{loss} loss, one dial: {about}", [head, *rows])
-    papers = {f"the paper's {loss}": [(alpha, lam, FIG_5[loss][i][j], math.nan) for i, alpha in enumerate(FIG_5_AXIS)
-                                      for j, lam in enumerate(FIG_5_AXIS)] for loss in FIG_5}
+    papers = {f"Fig. 5, {loss}": [(alpha, lam, FIG_5[loss][i][j], math.nan) for i, alpha in enumerate(FIG_5_AXIS)
+                                  for j, lam in enumerate(FIG_5_AXIS)] for loss in FIG_5}
     fits = [["", "cells, λ ≥ 1", "log α", "log λ", "log αλ", "best αλ", "similarity of positives", "best similarity"]]
     for name, some in {**points, "both": sum(points.values(), []), **papers}.items():
-        alpha, lam, linear, similarity = np.array([point for point in some if point[1] >= 1]).T  # λ < 1: all attract
+        alpha, lam, linear, similarity = np.array([x for x in some if x[1] >= 1]).reshape(-1, 4).T  # λ < 1: all attract
         by = [quadratic(x, linear) for x in (np.log2(alpha), np.log2(lam), np.log2(alpha * lam), similarity)]
         fits.append([name, np.isfinite(linear).sum(), *("–" if math.isnan(x) else f"{x:.2f}" for x in (
             *(r2 for r2, _ in by[:3]), 2 ** by[2][1], *by[3]))])
@@ -1502,9 +1502,9 @@ def report(dirs, out):
 
     def about(runs, varied=None):
         c, seeds = runs[0]["config"], sorted({run["seed"] for run in runs})
-        images = runs[0].get("images") or c["limit"] or "all"
+        images = "" if varied == "subset" else f"{runs[0].get('images') or c['limit'] or 'all'} images, "
         rate = "" if varied == "lr" else f"lr {c['lr']:g}, "
-        return (f"{c['dataset']}, {images} images, {c['backbone']}, {c['epochs']} epochs, batch {c['batch_size']}, "
+        return (f"{c['dataset']}, {images}{c['backbone']}, {c['epochs']} epochs, batch {c['batch_size']}, "
                 f"{rate}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
 
     for metric in ("linear", "knn"):
@@ -1536,9 +1536,9 @@ def report(dirs, out):
         methods = [method for method in methods if sum((*method, rate) in cells for rate in rates) > 1]
         group = [run for cell, of in cells.items() if cell[:3] in methods for run in of]
         for metric in ("linear", "knn") if group else ():
-            markdown(f"{metric} accuracy (%) by learning rate: {about(group, varied='lr')}", [["", *(f"{rate:g}" for rate in rates)]] + [
-                ["{} ({:g}, {:g})".format(*method), *(over_seeds(cells.get((*method, rate), []), metric)[1]
-                                                      for rate in rates)] for method in methods])
+            markdown(f"{metric} accuracy (%) by learning rate: {about(group, 'lr')}", [
+                ["", *(f"{rate:g}" for rate in rates)]] + [["{} ({:g}, {:g})".format(*method), *(
+                    over_seeds(cells.get((*method, rate), []), metric)[1] for rate in rates)] for method in methods])
 
     for varied in ("strategy", "similarity", "subset"):  # Fig. 3, Table 1, Tables 2 and 5
         for cells in comparable(runs, varied):
@@ -1585,11 +1585,11 @@ def draw(figures, out):
         if name == "dial":
             figure.set_size_inches(13, 4)
             panels = figure.subplots(1, 3)
-            for axes, label in zip(panels, ("αλ", "similarity of positives", "αλ (the paper's, 200 epochs)")):
+            for axes, label in zip(panels, ("αλ", "similarity of positives", "αλ (the paper's Fig. 5, 200 epochs)")):
                 axes.set(xlabel=label, ylabel="linear accuracy (%)")
             for (loss, points), marker in zip(data.items(), itertools.cycle("os^v")):
                 alpha, lam, linear, similarity = np.array(points).T
-                for axes, x in [(panels[2], alpha * lam)] if "paper" in loss else [
+                for axes, x in [(panels[2], alpha * lam)] if "Fig. 5" in loss else [
                         (panels[0], alpha * lam), (panels[1], similarity)]:
                     dots = axes.scatter(x, linear, c=np.log2(alpha), marker=marker, label=loss, vmin=-1, vmax=4)
             for axes in panels:

@@ -2264,7 +2264,7 @@ def test_report_finds_the_dial(tmp_path, capsys):
     rows = {row[0]: row[1:] for row in found["R² of a quadratic for linear accuracy"]}
     assert rows["ntxent"] == ["16", *(f"{x:.2f}" for x in (
         r2(i)[0], r2(j)[0], by_product, 2 ** log, by_similarity, best))] and by_product > .9 > by_similarity + .5
-    assert rows["the paper's balanced"][1:] == ["0.30", "0.17", "0.88", "6.11", "–", "–"]  # by hand from Fig. 5
+    assert rows["Fig. 5, balanced"][1:] == ["0.30", "0.17", "0.88", "6.11", "–", "–"]  # by hand from Fig. 5
     assert rows["balanced"][0] == "16" and rows["both"][0] == "32"  # those with λ ≥ 1
 
 
