@@ -1545,6 +1545,8 @@ def report(dirs, out):
             group, accuracies = sum(cells.values(), []), ["linear", "knn"]
             method = "{loss} ({alpha:g}, {lam:g})".format(**group[0]["config"])
             title = f"by {varied}: {method}, {about(group, varied)}"
+            if varied == "strategy":
+                title += f", theory on {group[0]['config']['theory_limit'] or 'all'} images"
             names = [name for name, in sorted(cells, key=lambda key: over_seeds(cells[key], "linear")[0], reverse=True)]
             biases = [f"bias {space} {eq}" for eq in ("eq51", "eq16", "eq51_relative", "eq16_relative")
                       for space in SPACES] if varied == "strategy" else []
@@ -1558,7 +1560,8 @@ def report(dirs, out):
                 [key, *(correlation(mean[key][:end], mean[of][:end]) for end in (None, -1) for of in accuracies)]
                 for key in biases])
             if np.isfinite(mean.get(f"bias {SPACES[0]} eq51", math.nan)).any():
-                figures.append(("bias", title, (names, mean["linear"], {key: mean[key] for key in biases[:6]})))
+                shown = [key for key in biases if "raw" not in key and "eq51_relative" not in key]
+                figures.append(("bias", title, (names, mean["linear"], {key: mean[key] for key in shown})))
 
     for run in (run for run in runs if "bounds_over_epochs" in run):  # Fig. 6
         title = f"bounds over epochs: {about([run])}"
@@ -1615,7 +1618,7 @@ def draw(figures, out):
             axes.legend()
         elif name == "bias":
             names, accuracy, biases = data
-            for axes, (key, bias) in zip(figure.subplots(2, 3, sharey=True).flat, biases.items()):
+            for axes, (key, bias) in zip(figure.subplots(2, 3, sharey=True).T.flat, biases.items()):
                 axes.set(xlabel=key, ylabel="linear accuracy (%)")
                 axes.margins(0.12)
                 axes.scatter(bias, accuracy)
