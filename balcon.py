@@ -1281,20 +1281,24 @@ def repulsion(encoder, train, test, cfg):
     in the softmax as well, and leaves the rest of its mass to the negatives.
 
     And whether α and λ are one dial: of an anchor's K negatives (λ/α) log Σ exp(α s) = (λ/α) log K + λ mean s +
-    (αλ/2) var s + …, in which mean s is close to 0. repelling: all beyond the mean; second_order: the term of var s.
+    (αλ/2) var s + …, in which mean s comes close to 0. repelling: all beyond the mean; second_order: the term of var s.
     """
     data, labels = theory_images(train, cfg)
     z, m = embed(encoder, data, cfg, "two views", n=2, groups=2)[0], min(cfg.batch_size, len(labels))
     found = false_negatives(z, labels, m, cfg)
     best = best_positive_similarity(cfg.batch_size, cfg.alpha, cfg.lam) if cfg.loss == "ntxent" else 1.0
-    negatives = torch.cat([s[~same_image].view(2 * m, -1) for s, same_image, _ in batches_of_views(z, labels, m, cfg)])
-    mean = negatives.mean(1)  # over K = 2(m−1): [anchors]
-    beyond = ((cfg.alpha * negatives).logsumexp(1) - math.log(negatives.shape[1])) / cfg.alpha - mean
+    moments = []
+    for s, same_image, _ in batches_of_views(z, labels, m, cfg):
+        s = s[~same_image].view(2 * m, -1)  # [2m, K]
+        log_mean = (cfg.alpha * s).logsumexp(1) - math.log(s.shape[1])
+        moments.append([s.mean().item(), (log_mean / cfg.alpha - s.mean(1)).mean().item(),
+                        s.var(1, correction=0).mean().item()])
+    mean, beyond, variance = np.mean(moments, 0)
     return {"batch": m, "by_chance": next(iter(found.values()), {}).get("by_chance"),
             "positive_similarity": (z[:, 0] * z[:, 1]).sum(-1).mean().item(),
             "best_positive_similarity": best if cfg.similarity == "cosine" else None,
-            "negative_similarity": mean.mean().item(), "repelling": cfg.lam * beyond.mean().item(),
-            "second_order": cfg.alpha * cfg.lam / 2 * negatives.var(1, correction=0).mean().item(), **{alpha: {
+            "negative_similarity": mean, "repelling": cfg.lam * beyond, "second_order": cfg.alpha * cfg.lam / 2 * variance,
+            **{alpha: {
         "same_class": x["share"], "same_class_times_lam": cfg.lam * x["share"],
         "ntxent_positive": x["positive"], "ntxent_same_class": x["share_beside_positive"]}
         for alpha, x in found.items()}}
@@ -1451,13 +1455,19 @@ FIG_5 = {  # the paper's linear accuracies on CIFAR-10, 200 epochs; rows α, col
     "ntxent": [[82.38, 84.38, 85.03, 83.63], [84.95, 84.99, 85.85, 84.05],
                [84.83, 84.89, 84.05, 77.95], [82.99, 77.67, 75.23, 70.42]]}
 
+def comparable_to_fig_5(cells):
+    config = next(iter(cells.values()))[0]["config"]
+    return [config[key] for key in ("dataset", "similarity", "strategy", "subset")] == ["cifar10", "cosine", "base", "full"]
+
 def quadratic(x, y):
-    """R² of the least-squares quadratic of y in x, and the x of its maximum; nan where there is none."""
+    """R² of the least-squares quadratic of y in x, and the x of its maximum; nan where there is none among the x."""
     known = np.isfinite(x) & np.isfinite(y)
     if known.sum() < 6 or len(set(x[known])) < 3:
         return math.nan, math.nan
-    a, b, c = np.polyfit(x[known], y[known], 2)
-    return 1 - (y - (a * x + b) * x - c)[known].var() / y[known].var(), -b / (2 * a) if a < 0 else math.nan
+    x, y = x[known], y[known]
+    a, b, c = np.polyfit(x, y, 2)
+    best = -b / (2 * a) if a < 0 else math.nan
+    return 1 - (y - (a * x + b) * x - c).var() / y.var(), best if x.min() <= best <= x.max() else math.nan
 
 def one_dial(cells, about):
     """Is the α × λ grid one-dimensional, and why: see `repulsion`. {(loss, α, λ): [run, ...]} -> figures; prints tables."""
@@ -1474,10 +1484,11 @@ def one_dial(cells, about):
             points.setdefault(loss, []).append((alpha, lam, found[0][0], found[1][0]))
         markdown(f"{loss} loss, one dial: {about}", [head, *rows])
     papers = {f"Fig. 5, {loss}": [(alpha, lam, FIG_5[loss][i][j], math.nan) for i, alpha in enumerate(FIG_5_AXIS)
-                                  for j, lam in enumerate(FIG_5_AXIS)] for loss in FIG_5}
+                                  for j, lam in enumerate(FIG_5_AXIS)] for loss in FIG_5 if comparable_to_fig_5(cells)}
     fits = [["", "cells, λ ≥ 1", "log α", "log λ", "log αλ", "best αλ", "similarity of positives", "best similarity"]]
-    for name, some in {**points, "both": sum(points.values(), []), **papers}.items():
-        alpha, lam, linear, similarity = np.array([x for x in some if x[1] >= 1]).reshape(-1, 4).T  # λ < 1: all attract
+    both = {"both": sum(points.values(), [])} if len(points) > 1 else {}
+    for name, some in {**points, **both, **papers}.items():
+        alpha, lam, linear, similarity = np.array([x for x in some if x[1] >= 1]).reshape(-1, 4).T  # below, mean s > 0
         by = [quadratic(x, linear) for x in (np.log2(alpha), np.log2(lam), np.log2(alpha * lam), similarity)]
         fits.append([name, np.isfinite(linear).sum(), *("–" if math.isnan(x) else f"{x:.2f}" for x in (
             *(r2 for r2, _ in by[:3]), 2 ** by[2][1], *by[3]))])
@@ -1522,9 +1533,7 @@ def report(dirs, out):
             markdown(title, [["", *(f"λ = {lam:g}" for lam in lams)]] + [
                 [f"α = {alpha:g}", *(f"**{text}**" if mean == np.nanmax(means) else text for mean, text in row)]
                 for alpha, row in zip(alphas, grid)])
-            theirs = [group[0]["config"][key] for key in ("dataset", "similarity", "strategy", "subset")]
-            paper = FIG_5[loss] if alphas == lams == FIG_5_AXIS and theirs == [
-                "cifar10", "cosine", "base", "full"] else None
+            paper = FIG_5[loss] if alphas == lams == FIG_5_AXIS and comparable_to_fig_5(cells) else None
             if paper and not np.isnan(means).any():
                 print(f"\nwith the paper's grid (Fig. 5, linear): {correlation(means.flatten(), np.ravel(paper))}")
             figures.append((f"grid_{loss}_{metric}", title, (alphas, lams, means, paper)))
@@ -1547,7 +1556,8 @@ def report(dirs, out):
             title = f"by {varied}: {method}, {about(group, varied)}"
             if varied == "strategy":
                 title += f", theory on {group[0]['config']['theory_limit'] or 'all'} images"
-            names = [name for name, in sorted(cells, key=lambda key: over_seeds(cells[key], "linear")[0], reverse=True)]
+            names = [name for name, in sorted(cells, reverse=True, key=lambda key: np.nan_to_num(
+                over_seeds(cells[key], "linear")[0], nan=-1))]  # without a figure: last
             biases = [f"bias {space} {eq}" for eq in ("eq51", "eq16", "eq51_relative", "eq16_relative")
                       for space in SPACES] if varied == "strategy" else []
             sizes = ["images", "largest_class", "smallest_class"] if varied == "subset" else []
@@ -1555,9 +1565,10 @@ def report(dirs, out):
                 markdown(title, [[varied, *columns]] + [
                     [name, *(over_seeds(cells[name,], key)[1] for key in columns)] for name in names])
             mean = {key: [over_seeds(cells[name,], key)[0] for name in names] for key in accuracies + biases}
+            worst = np.isfinite(mean["linear"]).sum() - 1
             markdown(f"bias against accuracy, {len(names)} strategies as points, {title}", [
-                ["", *accuracies, *(f"{of}, without {names[-1]}" for of in accuracies)]] + [
-                [key, *(correlation(mean[key][:end], mean[of][:end]) for end in (None, -1) for of in accuracies)]
+                ["", *accuracies, *(f"{of}, without {names[worst]}" for of in accuracies)]] + [
+                [key, *(correlation(mean[key][:end], mean[of][:end]) for end in (None, worst) for of in accuracies)]
                 for key in biases])
             if np.isfinite(mean.get(f"bias {SPACES[0]} eq51", math.nan)).any():
                 shown = [key for key in biases if "raw" not in key and "eq51_relative" not in key]
@@ -1587,7 +1598,7 @@ def draw(figures, out):
         figure.suptitle(title, fontsize=7, wrap=True)
         if name == "dial":
             figure.set_size_inches(13, 4)
-            panels = figure.subplots(1, 3)
+            panels = figure.subplots(1, 3 if any("Fig. 5" in loss for loss in data) else 2)
             for axes, label in zip(panels, ("αλ", "similarity of positives", "αλ (the paper's Fig. 5, 200 epochs)")):
                 axes.set(xlabel=label, ylabel="linear accuracy (%)")
             for (loss, points), marker in zip(data.items(), itertools.cycle("os^v")):
