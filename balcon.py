@@ -11,8 +11,8 @@ through Supervised Objectives" (TMLR 2025, arXiv 2510.10572), which this file re
 
 Measured (RESULTS.md; 2 CPU cores, no GPU so far): the first line in about 2 minutes, kNN error 27.5 % untrained,
 4.5 % trained. On 5,000 CIFAR-10 images, 15 epochs, two seeds: linear 43.5 % by the balanced loss at (α, λ) = (2, 4),
-40.1 % by NT-Xent at (2, 1), 36.7 % untrained; most of the difference is λ, not the loss. Accuracy depends on αλ and,
-for λ ≥ 1, hardly on α or λ alone: start from αλ = 8.
+40.1 % by NT-Xent at (2, 1), 36.7 % untrained; most of the difference is λ, not the loss. For λ ≥ 1
+accuracy depends mostly on the product αλ: start from 8.
 
 Letters, the paper's: m images give 2m views with projections z of d dimensions; α sharpens the
 softmax over negatives (α = 1/τ, the inverse temperature), λ weighs repelling against attracting;
