@@ -1571,7 +1571,8 @@ def report(dirs, out):
                 [key, *(correlation(mean[key][:end], mean[of][:end]) for end in (None, worst) for of in accuracies)]
                 for key in biases])
             if np.isfinite(mean.get(f"bias {SPACES[0]} eq51", math.nan)).any():
-                shown = [key for key in biases if "raw" not in key and "eq51_relative" not in key]
+                shown = [key for key in biases if "raw" not in key and "eq51_relative" not in key
+                         and np.isfinite(mean[key]).any()]
                 figures.append(("bias", title, (names, mean["linear"], {key: mean[key] for key in shown})))
 
     for run in (run for run in runs if "bounds_over_epochs" in run):  # Fig. 6
@@ -1607,7 +1608,7 @@ def draw(figures, out):
                         (panels[0], alpha * lam), (panels[1], similarity)]:
                     dots = axes.scatter(x, linear, c=np.log2(alpha), marker=marker, label=loss, vmin=-1, vmax=4)
             for axes in panels:
-                axes.legend(loc="lower center")
+                axes.legend(loc="lower left")
             for axes in panels[::2]:
                 axes.set_xscale("log", base=2)
             figure.colorbar(dots, label="log₂ α")
