@@ -46,6 +46,12 @@ HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_is_heard():
+    """A shell's background job ignores it, and so would all that these tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def unit(m, d, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [F.normalize(torch.randn(m, d, dtype=torch.float64, generator=g), dim=1) for _ in range(2)]
@@ -1036,9 +1042,12 @@ def test_sigkill_loses_nothing_and_a_second_process_is_refused(tmp_path, whole):
 def test_a_signal_saves_and_ends(processes, number, tmp_path, whole):
     run = subprocess.Popen(command(*LONG, "--epochs", "2000", "--out", tmp_path, processes=processes),
                            stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (tmp_path / "log.jsonl").exists() and losses(tmp_path), run)
-    run.send_signal(number)
-    message = run.communicate(timeout=60)[1]
+    try:
+        wait_for(lambda: (tmp_path / "log.jsonl").exists() and losses(tmp_path), run)
+        run.send_signal(number)
+        message = run.communicate(timeout=60)[1]
+    finally:
+        run.kill()
     step = int(re.search(r"balcon: stopped by a signal and saved at step (\d+) of 8000", message)[1])
     assert run.returncode == {signal.SIGTERM: 143, signal.SIGINT: -signal.SIGINT}[number] if processes == 1 else 1
     assert message.count("balcon: ") == 1 and (processes > 1 or "Traceback" not in message)
