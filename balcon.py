@@ -1297,8 +1297,8 @@ def repulsion(encoder, train, test, cfg):
     return {"batch": m, "by_chance": next(iter(found.values()), {}).get("by_chance"),
             "positive_similarity": (z[:, 0] * z[:, 1]).sum(-1).mean().item(),
             "best_positive_similarity": best if cfg.similarity == "cosine" else None,
-            "negative_similarity": mean, "repelling": cfg.lam * beyond, "second_order": cfg.alpha * cfg.lam / 2 * variance,
-            **{alpha: {
+            "negative_similarity": mean, "repelling": cfg.lam * beyond,
+            "second_order": cfg.alpha * cfg.lam / 2 * variance, **{alpha: {
         "same_class": x["share"], "same_class_times_lam": cfg.lam * x["share"],
         "ntxent_positive": x["positive"], "ntxent_same_class": x["share_beside_positive"]}
         for alpha, x in found.items()}}
@@ -1446,7 +1446,8 @@ def number(x):
 def bounds_table(title, kept):
     heads = {"attract_gap": "gap of Eq. 8, attracting", "repel_gap": "gap of Eq. 10, repelling", "nu_mean": "ν, mean",
              "attract_violated": "Eq. 8 violated, %", "repel_violated": "Eq. 10 violated, %"}
-    markdown(title, [["epoch", *heads.values()]] + [[at["epoch"], *(number(at.get(key)) for key in heads)] for at in kept])
+    markdown(title, [["epoch", *heads.values()]] + [
+        [at["epoch"], *(number(at.get(key)) for key in heads)] for at in kept])
 
 FIG_5_AXIS = [1, 2, 4, 8]
 FIG_5 = {  # the paper's linear accuracies on CIFAR-10, 200 epochs; rows α, columns λ
@@ -1457,7 +1458,8 @@ FIG_5 = {  # the paper's linear accuracies on CIFAR-10, 200 epochs; rows α, col
 
 def comparable_to_fig_5(cells):
     config = next(iter(cells.values()))[0]["config"]
-    return [config[key] for key in ("dataset", "similarity", "strategy", "subset")] == ["cifar10", "cosine", "base", "full"]
+    theirs = {"dataset": "cifar10", "similarity": "cosine", "strategy": "base", "subset": "full"}
+    return all(config[key] == value for key, value in theirs.items())
 
 def quadratic(x, y):
     """R² of the least-squares quadratic of y in x, and the x of its maximum; nan where there is none among the x."""
@@ -1470,7 +1472,10 @@ def quadratic(x, y):
     return 1 - (y - (a * x + b) * x - c).var() / y.var(), best if x.min() <= best <= x.max() else math.nan
 
 def one_dial(cells, about):
-    """Is the α × λ grid one-dimensional, and why: see `repulsion`. {(loss, α, λ): [run, ...]} -> figures; prints tables."""
+    """Is the α × λ grid one-dimensional? Prints tables, returns figures; `repulsion` says why.
+
+    cells: {(loss, α, λ): [run, ...]}.
+    """
     names = {"linear": "linear", "similarity of positives": "repulsion positive_similarity",
              "floor lowest at": "repulsion best_positive_similarity", "loss − floor": "above_floor",
              "mean s of negatives": "repulsion negative_similarity", "repelling beyond it": "repulsion repelling",
@@ -1672,8 +1677,8 @@ PATTERNS_RECIPE = {**CIFAR, **dict(  # ours
 RECIPES = {"patterns": PATTERNS_RECIPE, "cifar10": CIFAR, "cifar100": CIFAR, "imagenet": IMAGENET, "folder": IMAGENET,
            "stl10": {**CIFAR, "stem": "imagenet", "size": 96}}  # ours
 COMMON = dict(loss="balanced", similarity="cosine", drop=[], add=[], limit=None, subset="full", subset_file=None,
-              trained_on=None, seed=0, checkpoint=None, save_every=0, save_every_minutes=10.0, views=10, theory_limit=None,
-              compile=False, report=None, eval=["knn", "linear"])
+              trained_on=None, seed=0, checkpoint=None, save_every=0, save_every_minutes=10.0, views=10,
+              theory_limit=None, compile=False, report=None, eval=["knn", "linear"])
 NOT_IDENTITY = ("out", "eval", "workers", "compile", "save_every", "save_every_minutes", "report")  # may change
 
 def public(cfg):
