@@ -1,0 +1,348 @@
+"""The study behind RESULTS.md: its tables and figures, its instruments, its unusual runs.
+
+    python .github/results/study.py tables            # fill in RESULTS.md from runs.jsonl
+    python .github/results/study.py tables --check    # exit 1 if RESULTS.md says anything else
+    python .github/results/study.py figures           # draw the *.svg beside this file
+    python .github/results/study.py measure last.pt repulsion nscl fewshot cdnv [flags of balcon.py]
+    python .github/results/study.py train quadratic --alpha 2 --lam 4 [flags of balcon.py]
+
+runs.jsonl: line 1 holds what is common, every other line is one run; ids that differ only in
+"-sSEED" are seeds of one row. RESULTS.md: a table stands between <!-- table: NAME --> and
+<!-- end -->; a figure in a sentence stands before its source, which is a run and a field,
+44.37<!--balanced-a2-l8/linear-->, or a key of `derived`, 0.63<!--noise/linear-->.
+"""
+import functools
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from runs import (HEADER, LOSSES, NAMES, PAPER, RUNS, by, exponent_scores, fit,  # noqa: E402
+                  grid, grid_runs, models, p_of_alpha, p_value, select)
+
+PAGE = HERE.parents[1] / "RESULTS.md"
+TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+FIGURE = re.compile(r"((?:[−\d.,]+ ± )?[^\s(|<>]*)<!--(\S+?)-->")  # whatever stands there
+DIGITS = {
+    "views": 0, "steps": 0, "minutes": 0, "seconds": 0, "b_negative": 0, "angle": 1, "paper": 2,
+    "lr": 2, "positive": 3, "nu": 3, "gaps": 3, "bounds": 3, "same_class": 3, "lam_share": 3,
+    "own_share": 3, "by_chance": 3, "se_100": 3, "ntxent_positive": 4, "eq51": 4, "eq51_se": 4,
+    "eq16": 4, "relative": 4, "relative_features": 4, "relative_100": 4}
+
+
+# ------------------------------------------ text ------------------------------------------
+def number(x, digits=2):
+    text = f"{x + math.copysign(1e-9, x):,.{digits}f}"
+    return text.lstrip("-") if float(text.replace(",", "")) == 0 else text.replace("-", "−")
+
+
+def show(runs, field):
+    """"44.85 ± 0.41": mean and standard deviation over seeds; "–" where it was not measured.
+    A field such as "angle/1" is an entry of a list."""
+    if field == "runs":
+        return str(len(runs))
+    name, *places = field.split("/")
+    values = [run[name] for run in runs if name in run]
+    for place in places:
+        values = [value[int(place)] for value in values]
+    if not values or isinstance(values[0], str):
+        return NAMES.get(values[0], values[0]) if values else "–"
+    digits = DIGITS.get(name, runs[0].get("digits", 2))
+    spread = f" ± {number(np.std(values, ddof=1), digits)}" if len(set(values)) > 1 else ""
+    return number(np.mean(values), digits) + spread
+
+
+def markdown(rows):
+    """Rows of text, the first one the head, in columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in rows]
+    return "".join("| " + " | ".join(row) + " |\n" for row in padded)
+
+
+# ------------------------------------------ tables ------------------------------------------
+# {table: (rows, {head: field})}; rows are ids without seeds, those without a run are left out
+ACCURACY = {"runs": "runs", "kNN, k = 1": "knn1", "linear": "linear"}
+FOUR = "ntxent-a2-l1 balanced-a2-l1 balanced-a2-l4 balanced-a4-l2"
+RUN_TABLES = {
+    "cifar10-all": ("", {
+        "": "method", "runs": "runs", "kNN, k = 1": "knn1", "kNN, k = 10": "knn10",
+        "linear": "linear", "views": "views", "minutes": "minutes", "paper: linear": "paper"}),
+    "small": ("balanced-a2-l4 balanced-a2-l1 ntxent-a2-l4 ntxent-a2-l1 untrained pixels "
+              "long-balanced r18-balanced-a2-l4 r18-ntxent-a2-l1 untrained-r18", {
+                  "": "method", "network": "backbone", "steps": "steps", **ACCURACY,
+                  "paper: linear": "paper"}),
+    "rates": ("lr0.05-balanced-a2-l4 balanced-a2-l4 lr0.2-balanced-a2-l4 lr0.4-balanced-a2-l4 "
+              "ntxent-a2-l4 lr0.2-ntxent-a2-l4 lr0.4-ntxent-a2-l4 "
+              "balanced-a2-l1 lr0.2-balanced-a2-l1 lr0.4-balanced-a2-l1 "
+              "lr0.05-ntxent-a2-l1 ntxent-a2-l1 lr0.2-ntxent-a2-l1 lr0.4-ntxent-a2-l1", {
+                  "": "method", "rate": "lr", **ACCURACY}),
+    "bias": ("balanced-a2-l4 blur noise cutout rotation nocolor", {
+        "": "strategy", **ACCURACY, "Eq. 51": "eq51", "Eq. 16": "eq16",
+        "Eq. 16 / distance": "relative", "the same, features": "relative_features",
+        "the same, 100 images": "relative_100"}),
+    "similarities": ("ntxent-a2-l1 sim-euclidean sim-dot untrained pixels", {
+        "": "method", "similarity": "similarity", **ACCURACY}),
+    "distributions": ("c100-untrained-uni c100-untrained-lt c100-uni c100-lt c100-balanced-uni "
+                      "c100-balanced-lt c100-untrained-full c100-uni-full c100-lt-full "
+                      "c100-balanced-uni-full c100-balanced-lt-full", {
+                          "": "method", "pretrained on": "subset",
+                          "classifier and kNN use": "used", **ACCURACY}),
+    "assumptions": (FOUR, {
+        "": "method", "angle: mean, °": "angle/0", "95 %, °": "angle/1",
+        "Assumption 4.3 violated, %": "violated", "ν": "nu", "λν": "lam_nu",
+        "B < 0, %": "b_negative", "gap of Eq. 8": "gaps/0", "gap of Eq. 10": "gaps/1"}),
+    "false-negatives": (FOUR, {
+        "": "method", "share at α = 1": "same_class/0", "α = 2": "same_class/1",
+        "α = 4": "same_class/2", "α = 8": "same_class/3", "own α: share / chance": "over_chance",
+        "λ × share": "lam_share", "positive's share at α = 1": "ntxent_positive/0",
+        "2": "ntxent_positive/1", "4": "ntxent_positive/2", "8": "ntxent_positive/3"}),
+    "demo": ("demo untrained-demo demo-nocolor", {
+        "": "method", "views": "strategy", "runs": "runs", "kNN, k = 5": "knn5",
+        "linear": "linear", "seconds": "seconds"}),
+    "speed": ("", {"": "label", "ratio": "ratio", "commit": "git"}),
+}
+# {table: (run, field that holds rows, heads, digits)}
+LIST_TABLES = {
+    "bounds": ("long-balanced", "bounds", ["epoch", "gap of Eq. 8", "gap of Eq. 10", "mean ν",
+                                           "B", "Eq. 8 violated, %"], (0, 3, 2, 3, 3, 2)),
+    "nscl": ("c100", "nscl", ["classes", *(f"{what}, α = {alpha}" for alpha in (1, 2, 4, 8)
+                                           for what in ("gap", "bound"))], (0, *(4, 3) * 4)),
+}
+
+
+def run_rows(name):
+    """A table's runs are those of its kind, or those that it lists."""
+    listed, columns = RUN_TABLES[name]
+    found = by(RUNS, "row")
+    groups = [found[row,] for row in listed.split() if (row,) in found]
+    groups += by(select(kind=name), "row").values()
+    return [list(columns), *([show(runs, field) for field in columns.values()] for runs in groups)]
+
+
+def list_rows(name):
+    row, field, heads, digits = LIST_TABLES[name]
+    run = select(row=row)[0]
+    return [heads, *([number(x, n) for x, n in zip(line, digits)] for line in run[field])]
+
+
+def seed_pairs():
+    """Runs of the small scales on CIFAR-10 that differ in nothing but the seed."""
+    groups = by(select(preset="R") + select(preset="S"), "row").values()
+    return [runs[:2] for runs in groups if len(runs) > 1 and runs[0]["epochs"]]
+
+
+def noise_rows():
+    rows = [["preset and flags", "linear: seed 0", "seed 1", "kNN: seed 0", "seed 1"]]
+    for first, second in seed_pairs():
+        flags = f"{first['preset']} `{first.get('argv', '')}`".replace(" ``", "")
+        rows.append([flags, *(number(run[field]) for field in ("linear", "knn1")
+                              for run in (first, second))])
+    return rows
+
+
+def product_rows():
+    heads = [f"{loss}: {what}" for loss in ("balanced", "NT-Xent")
+             for what in ("linear", "kNN", "s⁺", "paper")]
+    rows = [["αλ", "α, λ", *heads]]
+    cells = {loss: by(grid_runs(loss), "alpha", "lam") for loss in LOSSES}
+    for alpha, lam in sorted(cells["balanced"], key=lambda cell: (cell[0] * cell[1], cell)):
+        figures = [show(cells[loss].get((alpha, lam), []), field) for loss in LOSSES
+                   for field in ("linear", "knn1", "positive", "paper")]
+        rows.append([f"{alpha * lam:g}", f"{alpha:g}, {lam:g}", *figures])
+    return rows
+
+
+@functools.cache
+def model_rows():
+    """R² / leave-one-out R² of each model on each grid."""
+    grids = {"ours, balanced": ("balanced", "linear"), "ours, NT-Xent": ("ntxent", "linear"),
+             "paper, balanced": ("balanced", "paper"), "paper, NT-Xent": ("ntxent", "paper"),
+             "kNN, balanced": ("balanced", "knn1"), "kNN, NT-Xent": ("ntxent", "knn1")}
+    rows = [["model of accuracy (parameters)", *grids]]
+    grids = [grid(*key) for key in grids.values()]
+    for name in models(*grids[0][:2]):
+        scores = [fit(models(a, b)[name], y) for a, b, y in grids]
+        rows.append([name, *(" / ".join(map(number, pair)) for pair in scores)])
+    exponents = [exponent_scores(*cells) for cells in grids]
+    rows.append(["log αλʷ, quadratic (4)",
+                 *(" / ".join(map(number, pair)) for _, *pair in exponents)])
+    rows.append(["its exponent w", *(number(w) for w, _, _ in exponents)])
+    rows.append(["p of log α beyond αλ", *(number(p_of_alpha(*cells), 3) for cells in grids)])
+    return rows
+
+
+SPECIAL = {"noise": noise_rows, "product": product_rows, "models": model_rows}
+
+
+# ------------------------------------------ figures in sentences ---------------------------
+def linear(row, seed=0):
+    return select(row=row, seed=seed)[0]["linear"]
+
+
+def noise_figures():
+    found = {"noise/pairs": str(len(seed_pairs()))}
+    for field in ("linear", "knn1"):
+        apart = np.array([first[field] - second[field] for first, second in seed_pairs()])
+        spread = math.sqrt((apart ** 2).mean() / 2)
+        found[f"noise/{field}"] = number(spread)
+        for n in (1, 2, 4):  # two means of n runs, resolved at 5 % in 80 % of cases
+            found[f"noise/{field}/{n}"] = number(2.8 * spread * math.sqrt(2 / n), 1)
+    return found
+
+
+def product_figures():
+    found, scores = {}, []
+    for loss in LOSSES:
+        for field in ("linear", "paper"):
+            a, b, y = grid(loss, field)
+            p = a + b
+            curvature, slope, _ = np.polyfit(p, y, 2)
+            found[f"{field}/{loss}/best"] = number(2 ** (-slope / curvature / 2), 0)
+            found[f"{field}/{loss}/span"] = number(np.ptp(y[p == 3]))  # of the cells at αλ = 8
+            scores.append((*fit([p, p ** 2], y), fit([a, a ** 2, b, b ** 2], y)[1]))
+    for name, column in zip(("r2", "left-out", "additive"), zip(*scores)):
+        found[f"{name}/low"], found[f"{name}/high"] = number(min(column)), number(max(column))
+    a, b, y = grid("balanced", "linear", 0)
+    found["r2/all"] = number(fit([a + b, (a + b) ** 2], y)[0])
+    runs = [run for run in grid_runs("balanced") + grid_runs("ntxent") if run["lam"] >= 1]
+    shares = [100 * run["second_order"] / run["repelling"] for run in runs]
+    found["second/low"], found["second/high"] = number(min(shares), 0), number(max(shares), 0)
+    w, r2, _ = exponent_scores(*grid("ntxent", "paper"))
+    found["exponent/w"], found["exponent/r2"] = number(w), number(r2)
+    found["p/knn"] = number(max(p_of_alpha(*grid(loss, "knn1")) for loss in LOSSES), 3)
+    found["mean/largest"] = number(max(abs(run["negative"]) for run in runs), 3)
+    return found
+
+
+def loss_figures():
+    """Balanced minus NT-Xent, seed 0: over the 16 cells, and at α = 2 over the rates. And what
+    λ = 4 gains over λ = 1."""
+    pairs = [by(grid_runs(loss), "alpha", "lam") for loss in LOSSES]
+    apart = [pairs[0][cell][0]["linear"] - pairs[1][cell][0]["linear"] for cell in pairs[1]]
+    spread = np.std(apart, ddof=1)
+    half = 2.131 * spread / math.sqrt(len(apart))  # 95 % of Student's t with 15 degrees of freedom
+    rates = ("", "lr0.2-", "lr0.4-")
+    ahead = [linear(f"{rate}balanced-a2-l{lam}") - linear(f"{rate}ntxent-a2-l{lam}")
+             for rate in rates for lam in (4, 1)]
+    gains = [linear(f"{rate}{loss}-a2-l4") - linear(f"{rate}{loss}-a2-l1")
+             for rate in rates for loss in LOSSES]
+    return {"loss/mean": number(np.mean(apart)), "loss/interval": number(half),
+            "loss/sd": number(spread), "loss/wins": str(sum(x > 0 for x in ahead)),
+            "loss/low": number(min(ahead)), "loss/high": number(max(ahead)),
+            "gain/low": number(min(gains), 1), "gain/high": number(max(gains), 1)}
+
+
+def bias_figures():
+    """Ranges without the last strategy, which drops colour; correlations with and without it."""
+    found = {}
+    rows = [select(row=row) for row in RUN_TABLES["bias"][0].split()]
+    for field in ("eq51", "eq16", "relative", "relative_features"):
+        bias = np.array([np.mean([run[field] for run in runs]) for runs in rows])
+        found[f"{field}/range"] = number(np.ptp(bias[:-1]), 4)
+        for accuracy in ("linear", "knn1"):
+            y = [np.mean([run[accuracy] for run in runs]) for runs in rows]
+            for n in (6, 5):
+                r = np.corrcoef(bias[:n], y[:n])[0, 1]
+                p = p_value(r * math.sqrt((n - 2) / (1 - r * r)), n - 2)
+                found[f"{field}/{accuracy}/{n}"] = number(r)
+                found[f"{field}/{accuracy}/{n}/p"] = number(p)
+    return found
+
+
+@functools.cache
+def derived():
+    found = {**noise_figures(), **product_figures(), **loss_figures(), **bias_figures()}
+    for field in ("linear", "knn10"):
+        better, worse = (select(row=f"trial-{n}")[0][field] for n in (2, 3))
+        found[f"trial/{field}"] = number(better - worse, 1)
+    found["paper/4-1"] = number(PAPER["balanced"][2][0])
+    found["paper/headline"] = number(PAPER["balanced"][1][2] - PAPER["ntxent"][1][0])
+    views = select(row="balanced-a2-l4")[0]["views"]
+    found["scale/percent"] = number(100 * views / PAPER["views"], 1)
+    found.update({f"quoted/{name}": figure for name, figure in HEADER["quoted"].items()})
+    for name, seed in (("c100-", 0), ("c100-", 1), ("c100-untrained-", 0)):
+        gap = linear(f"{name}uni", seed) - linear(f"{name}lt", seed)
+        found[f"gap/{name}s{seed}"] = number(gap)
+    gaps = np.array(select(row="c100")[0]["nscl"])[:, 1:]  # gap, bound, gap, bound, … by α
+    ratios = gaps[:, 1::2] / gaps[:, ::2]
+    found["nscl/low"], found["nscl/high"] = number(ratios.min(), 0), number(ratios.max(), 0)
+    gaps = select(row="long-balanced")[0]["bounds"]
+    found["bounds/growth"] = number(gaps[-1][1] / gaps[0][1], 1)
+    return found
+
+
+# ------------------------------------------ the page ------------------------------------------
+def sourced(match):
+    key = match[2]
+    row, _, field = key.partition("/")
+    runs = [run for run in RUNS if row in (run["id"], run["row"])]
+    if key not in derived() and not runs:
+        raise KeyError(f"<!--{key}-->: no such run or figure")
+    return f"{derived().get(key) or show(runs, field)}<!--{key}-->"
+
+
+def table(match):
+    name = match[2]
+    if name in SPECIAL:
+        rows = SPECIAL[name]()
+    else:
+        rows = run_rows(name) if name in RUN_TABLES else list_rows(name)
+    return match[1] + markdown(rows) + match[3]
+
+
+def tables(check):
+    """Fill in RESULTS.md, or exit with the first line that says anything else."""
+    text = PAGE.read_text(encoding="utf8")
+    filled = FIGURE.sub(sourced, TABLE.sub(table, text))
+    if not check:
+        PAGE.write_text(filled, encoding="utf8")
+    elif text != filled:
+        is_now, should_be = text.split("\n"), filled.split("\n")
+        n = [a == b for a, b in zip(is_now, should_be)].index(False)
+        sys.exit(f"RESULTS.md, line {n + 1}:\n{is_now[n]}\nshould be\n{should_be[n]}")
+
+
+def figures():
+    """SVG files with the same bytes every time, transparent, with grey text for any page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    parts = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    matplotlib.rcParams.update(dict.fromkeys(parts, "#808080"))
+    matplotlib.rcParams.update({"svg.hashsalt": "balcon", "svg.fonttype": "none"})
+
+    figure = Figure((8, 3.2), layout="constrained")
+    titles = {"linear": "ours, 228 steps", "paper": "the paper, 200 epochs"}
+    for axes, (field, title) in zip(figure.subplots(1, 2), titles.items()):
+        for loss, marker in zip(LOSSES, "os"):
+            a, b, y = grid(loss, field)
+            axes.plot(2 ** (a + b), y, marker, label=NAMES[loss], alpha=0.8)
+        axes.set(title=title, xlabel="αλ", ylabel="linear accuracy (%)")
+        axes.set_xscale("log", base=2)
+        axes.legend(loc="lower left")
+    figure.savefig(HERE / "product.svg", transparent=True, metadata={"Date": None})
+
+    figure = Figure((8, 3), layout="constrained")
+    epochs, *gaps = zip(*[row[:3] for row in select(row="long-balanced")[0]["bounds"]])
+    for axes, title, gap in zip(figure.subplots(1, 2), ("Eq. 8", "Eq. 10"), gaps):
+        axes.plot(epochs, gap, "o-")
+        axes.set(title=title, xlabel="epoch", ylabel="mean gap", ylim=(0, None))
+    figure.savefig(HERE / "bounds.svg", transparent=True, metadata={"Date": None})
+
+
+def main(command, *rest):
+    if command == "tables":
+        tables("--check" in rest)
+    elif command == "figures":
+        figures()
+    else:
+        import instruments
+        getattr(instruments, command)(*rest)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
