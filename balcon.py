@@ -62,22 +62,18 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
                               repel_positive=False, labels=None):
     """Balanced contrastive loss, Eq. 17: −s(z, z⁺) + λ (1/α) log Σ_{z⁻} exp(α s(z, z⁻)).
 
-    z1, z2: [m, d], the projections of two views; row i of both shows the same image.
-    Returns a scalar, the mean over all 2m anchors z. The 2(m−1) negatives z⁻ of an anchor are the
-    views of the other images: the positive z⁺ is not in the sum. The loss can be negative;
-    under cosine similarity `loss_floor` is its minimum.
+    z1, z2: [m, d], projections of two views; row i of both shows the same image. Returns a scalar,
+    the mean over all 2m anchors z. The 2(m−1) negatives z⁻ are the views of the other images: the
+    positive z⁺ is not in the sum. It can be negative; `loss_floor` is its minimum for cosine.
 
     similarity: "cosine", or "dot" or "euclidean" (negative squared distance, footnote 3) of the
     projections as they are. Computed in float32 at least, also under autocast.
 
-    Under torch.distributed the anchors are this rank's, the negatives come from all ranks, and
-    DDP's average of the gradients is the gradient of one process with the whole batch. Every
-    rank must have the same m.
-
+    Under torch.distributed the anchors are this rank's and the negatives come from all ranks, of
+    the same m each; DDP's averaged gradient is that of one process with the whole batch.
     Gradients are 1/α of those of the usual NT-Xent with temperature 1/α, as in the paper:
     multiply a learning rate from the SimCLR literature by α.
 
-    repel_positive, labels: see `generalized_nt_xent_loss` and `nscl_loss`.
     Raises ValueError for other shapes or similarities, α ≤ 0, λ < 0, or a batch of one image.
     """
     if z1.shape != z2.shape or z1.dim() != 2:
@@ -168,7 +164,7 @@ LOSSES = {"balanced": balanced_contrastive_loss, "ntxent": generalized_nt_xent_l
 
 
 # ----------------------------------------- views ------------------------------------------
-# An augmentation draws its parameters for n images (a few numbers each, on the CPU) and applies
+# An augmentation draws its parameters for n images, a few numbers each, on the CPU, and applies
 # them to x [n, 3, S, S] in [0, 1], on any device. The two are apart so that one t can be applied
 # to two images (Eq. 51), and every rank can draw for the global batch and apply its own rows.
 #
@@ -199,36 +195,37 @@ class Grayscale(Augmentation, name="grayscale", p=0.2):
 
 
 class ColorJitter(Augmentation, name="color_jitter", p=0.8):
-    """Brightness, contrast, saturation and hue, in an order of its own for each image.
-
-    The first three blend the image with black, its mean grey or its own grey. Hue is slow, so it
-    comes once for all images: after up to three blends (turns 0, 1, 2) and before up to three more
-    (turns 1, 2, 3). Where it is not a blend's turn, its factor is 1, which changes nothing.
-    """
+    """Brightness, contrast, saturation and hue, in an order of its own for each image."""
     strength, hue = 0.4, 0.1
 
     def draw(self, n, rng):
         factor = 1 + self.strength * uniform(rng, -1, 1, n, 3)  # brightness, contrast, saturation
         shift = self.hue * uniform(rng, -1, 1, n, 1)
-        kind = uniform(rng, 0, 1, n, 4).argsort(1)  # [n, 4]: what comes at each turn; 3 is hue
-        turn, hue_turn = torch.arange(4), kind.argmax(1, keepdim=True)
-        before = kind.masked_fill(turn > hue_turn, 3)[:, :3]
-        after = kind.masked_fill(turn < hue_turn, 3)[:, 1:]
-        kind = torch.cat([before, after], 1)  # [n, 6]
-        factor = F.pad(factor, (0, 1), value=1.0).gather(1, kind)
-        return torch.cat([factor, kind == 1, kind == 2, shift], 1)  # [n, 19]
+        kind = uniform(rng, 0, 1, n, 4).argsort(1)  # what comes at each turn; 3 is hue
+        return torch.cat([factor, shift, kind], 1)  # [n, 8]
 
     def apply(self, x, t):
-        t = t[..., None, None, None]
-        factor, contrast, saturation = t[:, :18].unflatten(1, (3, 6)).unbind(1)
-        for turn in range(6):
-            if turn == 3:
-                x = shift_hue(x, t[:, 18])
-            grey = rgb_to_grayscale(x)  # [n, 1, S, S]
-            mean = grey.mean((1, 2, 3), keepdim=True)
-            other = torch.addcmul(mean * contrast[:, turn], grey, saturation[:, turn])
-            x = other.lerp(x, factor[:, turn]).clamp_(0, 1)
-        return x
+        # Hue is slow, so it comes once for all images. They are sorted by the turn at which it
+        # comes: then those that have something else at a turn before or after it are one slice.
+        hue_turn, order = t[:, 4:].argmax(1).sort()
+        factor, shift, kind = t[order].split([3, 1, 4], 1)
+        factor = factor.gather(1, kind.long().clamp(max=2))  # [n, 4]: by turn
+        table = to_device(torch.stack([factor, kind == 1, kind == 2]), x.device)[..., None, None]
+        x = x[to_device(order, x.device)]
+        for turn in range(3):
+            rows = slice(int((hue_turn <= turn).sum()), None)
+            x[rows] = blend(x[rows], *table[:, rows, turn:turn + 1])
+        x = shift_hue(x, to_device(shift, x.device)[..., None, None])
+        for turn in range(1, 4):
+            rows = slice(0, int((hue_turn < turn).sum()))
+            x[rows] = blend(x[rows], *table[:, rows, turn:turn + 1])
+        return x[to_device(order.argsort(), x.device)]
+
+
+def blend(x, factor, contrast, saturation):  # with black, or the mean grey, or the own grey
+    grey = rgb_to_grayscale(x)  # [n, 1, S, S]
+    mean = grey.mean((1, 2, 3), keepdim=True)
+    return torch.addcmul(mean * contrast, grey, saturation).lerp(x, factor).clamp_(0, 1)
 
 
 def shift_hue(x, shift):
@@ -252,9 +249,9 @@ class GaussianBlur(Augmentation, name="gaussian_blur", p=0.5):
     def apply(self, x, sigma):
         # One matrix for each image blurs along both axes. It reflects the image at its borders.
         n, last = len(x), x.shape[-1] - 1
-        radius = min(11, last)
+        radius, sigma = min(11, last), to_device(sigma, x.device)[:, None]
         offset = torch.arange(-radius, radius + 1, device=x.device)
-        kernel = torch.softmax(-0.5 * (offset / sigma[:, None]) ** 2, 1)[:, None]  # [n, 1, 23]
+        kernel = torch.softmax(-0.5 * (offset / sigma) ** 2, 1)[:, None]  # [n, 1, 23]
         target = torch.arange(last + 1, device=x.device)[:, None] + offset  # [S, 23]
         target = last - (last - target.abs()).abs()
         blur = x.new_zeros(n, last + 1, last + 1).scatter_add_(
@@ -270,7 +267,7 @@ class RandomCutout(Augmentation, name="random_cutout", p=0.5):
         return uniform(rng, 0, 1, n, 2)  # the centre, as fractions of the sides
 
     def apply(self, x, centre):
-        size = x.shape[-1]
+        size, centre = x.shape[-1], to_device(centre, x.device)
         distance = torch.arange(size, device=x.device) - (centre * size).floor()[..., None]
         inside = (distance >= -(size // 4)) & (distance < size // 2 - size // 4)  # [n, 2, S]
         hole = inside[:, 0, :, None] & inside[:, 1, None, :]
@@ -282,7 +279,7 @@ class RandomRotation(Augmentation, name="random_rotation", p=0.75):
         return uniform(rng, 1, 4, n).long()  # quarter turns: 1, 2 or 3
 
     def apply(self, x, turns):
-        turns = turns[:, None, None, None]
+        turns = to_device(turns, x.device)[:, None, None, None]
         x = torch.where(turns >= 2, x.flip(-2, -1), x)
         return torch.where(turns % 2 == 1, x.rot90(1, (-2, -1)), x)
 
@@ -326,9 +323,10 @@ class Views:
         if "crop" in t:
             x = crop_resize(x, to_device(crop_box(t["crop"], *x.shape[-2:]), x.device), self.size)
         for name in self.names:
-            chosen = to_device(t[name + "?"], x.device)[:, None, None, None]
-            changed = AUGMENTATIONS[name].apply(x, to_device(t[name], x.device))
-            x = torch.where(chosen, changed, x)
+            rows = t[name + "?"].nonzero().squeeze(1)  # on the CPU: nothing waits for a GPU
+            if len(rows):
+                place = to_device(rows, x.device)
+                x[place] = AUGMENTATIONS[name].apply(x[place], t[name][rows])
         return x
 
 
@@ -524,7 +522,8 @@ def read_folder(folder):
 
 def read_all(files, size):
     """Small images, which fit into memory: uint8 [N, 3, size, size]."""
-    pixels, progress = torch.empty(len(files), 3, size, size, dtype=torch.uint8), Progress("reading")
+    pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    progress = Progress("reading images")
     for row, file in enumerate(files):
         image = read_image(file)
         if image.size != (size, size):
@@ -942,7 +941,8 @@ def train_on_crops(backbone, train, width, cfg):
     views = Views(["flip"], cfg.size, (0.08, 1.0))
     progress = Progress("linear classifier", first * per_epoch)
     for epoch in range(first, cfg.probe_epochs):
-        order = torch.randperm(len(train), generator=rng(cfg.seed, "classifier", epoch)).split(batch)
+        order = torch.randperm(len(train), generator=rng(cfg.seed, "classifier", epoch))
+        order = order.split(batch)
         rows = list(enumerate(order, epoch * per_epoch))
         for step, x, y in train.batches(rows, views, key=(cfg.seed, "classifier views")):
             with torch.no_grad(), autocast(device, cfg):
@@ -955,8 +955,9 @@ def train_on_crops(backbone, train, width, cfg):
             optimizer.step()
             progress(step + 1, cfg.probe_epochs * per_epoch)
         if rank() == 0:
-            save_file(path, {"backbone": key, "epoch": epoch + 1, "optimizer": optimizer.state_dict(),
-                             "classifier": classifier.state_dict()})
+            save_file(path, {"backbone": key, "epoch": epoch + 1,
+                             "classifier": classifier.state_dict(),
+                             "optimizer": optimizer.state_dict()})
     barrier()
     if rank() == 0:
         path.unlink()
@@ -995,8 +996,8 @@ def theory_images(train, cfg):
     data = train.select(balanced_subset(train.labels, n, "theory"))
     data.labels = data.labels.unique(return_inverse=True)[1]
     if data.labels.bincount().min() < 2:
-        raise UserError(f"--eval {' '.join(cfg.eval)} compares images of a class, and of some class "
-                        f"there is one image only: raise --theory-images")
+        raise UserError("bias and bounds compare images of a class, and some class has one image "
+                        "only: raise --theory-images")
     return data, data.labels.to(train.device)
 
 
@@ -1261,12 +1262,17 @@ MEANINGS = {  # the figures that are printed; results.json has more
 }
 
 
-def figures(stage):
-    """{"knn": {"knn5": 95.9}, …} -> {"kNN, …": 95.9, …}: what is printed of one backbone."""
-    found = {name: value for figures in stage.values() for name, value in figures.items()}
-    shown = {f"kNN, k = {name[3:]}, % right (cosine, majority)": value
-             for name, value in found.items() if name.startswith("knn")}
-    return shown | {text: found[name] for name, text in MEANINGS.items() if name in found}
+def read_figures(folder):
+    """{stage: {meaning: value}} of the run in this folder: what is printed of its results.json."""
+    stages, path = {}, folder / "results.json"
+    for stage, found in json.loads(path.read_text()).items() if path.exists() else ():
+        if stage in ("untrained", "trained"):
+            values = {name: value for figures in found.values() for name, value in figures.items()}
+            knn = [name for name in values if name.startswith("knn")]
+            meanings = {name: f"kNN, k = {name[3:]}, % right (cosine, majority)" for name in knn}
+            meanings |= {name: text for name, text in MEANINGS.items() if name in values}
+            stages[stage] = {text: values[name] for name, text in meanings.items()}
+    return stages
 
 
 def markdown(rows):
@@ -1279,32 +1285,27 @@ def markdown(rows):
 def report(places):
     """Print one table of the runs below these directories: the settings that differ, then figures
     of the last backbone, as mean ± standard deviation over seeds."""
-    groups = {}
-    for log in sorted({log for place in places for log in Path(place).rglob("log.jsonl")}):
-        config = json.loads(open(log).readline())["config"]
-        seed, results = config.pop("seed"), read_results(log.parent)
-        found = figures(results.get("trained" if config["epochs"] else "untrained", {}))
-        groups.setdefault(json.dumps(config, sort_keys=True), {})[seed] = found
+    groups, names = {}, {}
+    for log in sorted(log for place in places for log in Path(place).rglob("log.jsonl")):
+        config, stages = json.loads(open(log).readline())["config"], read_figures(log.parent)
+        figures = stages.get("trained" if config["epochs"] else "untrained", {})
+        seed = config.pop("seed")
+        groups.setdefault(json.dumps(config), {})[seed] = figures
+        names |= figures
     if not groups:
         raise UserError(f"--report: there is no run in {' '.join(places)}")
     configs = [json.loads(text) for text in groups]
-    names = list(dict.fromkeys(n for runs in groups.values() for found in runs.values() for n in found))
-    differ = [key for key in configs[0] if len({str(config.get(key)) for config in configs}) > 1]
-    rows = [[*(differ or ["dataset"]), "finished seeds", *names]]
+    differ = [key for key in configs[0] if any(c.get(key) != configs[0][key] for c in configs)]
+    rows = [[*differ, "finished seeds", *names]]
     for config, runs in zip(configs, groups.values()):
-        row = [str(config.get(key)) for key in differ or ["dataset"]]
+        row = [str(config.get(key)) for key in differ]
         row.append(f"{sum(map(bool, runs.values()))} of {len(runs)}")
         for name in names:
-            values = [found[name] for found in runs.values() if name in found]
+            values = [figures[name] for figures in runs.values() if name in figures]
             spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
             row.append(f"{np.mean(values):.4g}{spread}" if values else "–")
         rows.append(row)
     markdown(rows)
-
-
-def read_results(folder):
-    path = folder / "results.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 # ----------------------------------------- command line -----------------------------------
@@ -1312,8 +1313,7 @@ RESNETS = ["resnet10", *torchvision.models.list_models(torchvision.models, "*res
 # Every flag: its default, what it is, and its choices. Defaults are the CIFAR-10 recipe (A.4.1);
 # a type in place of a default means that there is none.
 FLAGS = {
-    "data": (Path, "where the images are, by default data/<dataset>"),
-    "out": (Path, "run directory, by default in runs/; the same command resumes it"),
+    "data": (Path, "where the images are"),
     "alpha": (2.0, "α, sharpness of the softmax over negatives: 1 / temperature"),
     "lam": (4.0, "λ, weight of repelling against attracting"),
     "loss": ("balanced", "Eq. 17, or generalized NT-Xent", LOSSES),
@@ -1350,7 +1350,8 @@ FLAGS = {
     "probe_l2": (1e-3, "on features: weight of ‖W‖²/2"),
     "theory_images": (50_000, "training images that theory is measured on, at most"),
     "theory_views": (10, "K, even: views of an image that stand for E_T"),
-    # These may change without making another run of it.
+    # What follows may change without making another run of it.
+    "out": (Path, "run directory, by default in runs/; the same command resumes it"),
     "eval": (["knn", "linear"], "what to measure; with no names nothing", EVALUATIONS),
     "baseline": (True, "evaluate the untrained backbone, too"),
     "export": (Path, "write features to this .npz file"),
@@ -1359,7 +1360,7 @@ FLAGS = {
     "workers": (8, "processes of each rank that read files, at most one a core"),
     "report": ([], "compare the runs in these directories, and do nothing else"),
 }
-IDENTITY = ["dataset", *list(FLAGS)[:list(FLAGS).index("eval")]]
+IDENTITY = ["dataset", *list(FLAGS)[:list(FLAGS).index("out")]]
 RECIPES = {  # what differs from the above
     "patterns": dict(  # ours: drawn images, for the demonstration
         alpha=4.0, lam=2.0, epochs=7, batch_size=128, lr=0.5, backbone="resnet10", stem="imagenet",
@@ -1389,7 +1390,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 def public(cfg):
     """What makes a run this run, as JSON gives it back."""
-    config = {key: vars(cfg)[key] for key in IDENTITY if key != "out"}
+    config = {key: vars(cfg)[key] for key in IDENTITY}
     return json.loads(json.dumps(config, default=str))
 
 
@@ -1403,50 +1404,47 @@ def recipe_of(dataset):
 
 def parse_flags(argv=None):
     """The configuration: the recipe of the data set, or a checkpoint's own, changed by flags."""
-    def refuse(message):
-        raise UserError(message)
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=EXAMPLES,
                                      add_help=False, allow_abbrev=False, formatter_class=Help)
     parser.error = refuse
     parser.add_argument("--dataset", choices=RECIPES, help="selects the recipe")
     for name, (default, meaning, *choices) in FLAGS.items():
         kind = default if isinstance(default, type) else type(default)
-        options = {"help": meaning, "choices": choices[0] if choices else None}
-        if kind is bool:
-            options = {"help": meaning, "action": argparse.BooleanOptionalAction}
-        elif kind is list:
+        options = {"help": meaning, "choices": choices[0] if choices else None, "type": kind}
+        if kind is list:
             options |= {"nargs": "*", "type": type(default[0]) if default else str}
-        else:
-            options["type"] = kind
+        elif kind is bool:
+            options = {"help": meaning, "action": argparse.BooleanOptionalAction}
         parser.add_argument("--" + name.replace("_", "-"), **options)
-    chosen, saved = parser.parse_known_args(argv)[0], {}
-    if chosen.checkpoint:
-        saved = load_file(chosen.checkpoint).get("config", {})
-        saved["data"] = Path(saved["data"])
-    recipe = recipe_of(chosen.dataset or saved.get("dataset", "patterns"))
+    first = parser.parse_known_args(argv)[0]
+    saved = load_file(first.checkpoint).get("config", {}) if first.checkpoint else {}
+    recipe = recipe_of(first.dataset or saved.get("dataset", "patterns"))
     if saved.get("dataset") != recipe["dataset"]:
-        saved["data"] = recipe["data"]
+        saved.pop("data", None)  # that of other images
     parser.set_defaults(**{**recipe, **saved, "dataset": recipe["dataset"], "init": None})
     parser.add_argument("-h", "--help", action="help")
     cfg = parser.parse_args(argv, SimpleNamespace())
 
-    left_out = [part for name in cfg.drop for part in DROPPABLE[name]]
-    cfg.parts = [part for part in cfg.augmentations if part not in left_out] + cfg.add
+    cfg.data = Path(cfg.data)
+    dropped = [part for name in cfg.drop for part in DROPPABLE[name]]
+    cfg.parts = [part for part in cfg.augmentations if part not in dropped] + cfg.add
     cfg.workers = min(cfg.workers, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if cfg.out is None and cfg.checkpoint:
+    cfg.out = cfg.out or Path("runs", "_".join([cfg.dataset, *changes(cfg)]))
+    if cfg.checkpoint and first.out is None:
         cfg.out = cfg.checkpoint.with_name(f"{cfg.checkpoint.stem}-on-{cfg.dataset}")
-    elif cfg.out is None:
-        cfg.out = Path("runs", "_".join([cfg.dataset, *named_changes(cfg)]))
     return cfg
 
 
-def named_changes(cfg):
-    """["lr-0.2", …]: what differs from the recipe, to name a run by; the place of the data aside."""
+def refuse(message):
+    raise UserError(message)
+
+
+def changes(cfg):
+    """["lr-0.2", …]: what differs from the recipe, but for the place of the data."""
     named, recipe = [], recipe_of(cfg.dataset)
     for key in IDENTITY:
         value = vars(cfg)[key]
-        if value != recipe[key] and key not in ("data", "out"):
+        if value != recipe[key] and key != "data":
             value = value.stem if isinstance(value, Path) else value
             named.append(f"{key}-{'+'.join(map(str, value)) if isinstance(value, list) else value}")
     return named
@@ -1455,36 +1453,39 @@ def named_changes(cfg):
 def check(cfg):
     """Refuse, before any work is done, what would fail late."""
     processes, log = int(os.environ.get("WORLD_SIZE", 1)), cfg.out / "log.jsonl"
-    may_be_zero = {"epochs", "momentum", "weight_decay", "seed", "limit", "probe_l2", "save_every"}
+    may_be_zero = {"epochs", "momentum", "weight_decay", "seed", "limit", "probe_l2", "save_every",
+                   "workers"}
     for name, value in vars(cfg).items():
-        least = 0 if name in may_be_zero | {"workers"} else 1e-9
+        least = 0 if name in may_be_zero else 1e-9
         if type(value) in (int, float) and not least <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value} is too small or not finite")
+            refuse(f"--{name.replace('_', '-')} {value} is too small or not finite")
     if cfg.batch_size % processes:
-        raise UserError(f"--batch-size {cfg.batch_size} does not divide by {processes} processes")
+        refuse(f"--batch-size {cfg.batch_size} does not divide by the {processes} processes")
     if len(set(cfg.parts)) < len(cfg.parts):
-        raise UserError(f"--add {' '.join(cfg.add)}: the recipe has that already")
+        refuse(f"--add {' '.join(cfg.add)}: the recipe has that already")
     if cfg.theory_views % 2:
-        raise UserError(f"--theory-views {cfg.theory_views} must be even")
-    other = json.loads(open(log).readline())["config"] if log.exists() else public(cfg)
+        refuse(f"--theory-views {cfg.theory_views} must be even")
+    config = json.loads(open(log).readline())["config"] if log.exists() else public(cfg)
     for key, value in public(cfg).items():
-        if other.get(key) != value:
-            raise UserError(f"--out {cfg.out} holds another run, with {key} {other.get(key)} and "
-                            f"not {value}")
+        if config.get(key) != value:
+            refuse(f"--out {cfg.out} holds another run, with {key} {config.get(key)}, not {value}")
+    if cfg.export:
+        open(cfg.export, "ab").close()  # complains now rather than after pretraining
 
 
 def check_images(cfg, train, test, labelled):
     """Which evaluations the images allow. Refuses what would fail late."""
-    pretrains, steps = cfg.epochs and not cfg.checkpoint, len(train) // cfg.batch_size * cfg.epochs
-    if pretrains and not steps:
-        raise UserError(f"--batch-size {cfg.batch_size} is more than the {len(train)} training "
-                        f"images; --batch-size {2 ** int(math.log2(len(train)))} would fit")
-    if pretrains and (steps < 100 or cfg.batch_size < 32):
-        say(f"warning: {steps} steps of {cfg.batch_size} images are too few to learn much")
+    steps = len(train) // cfg.batch_size * cfg.epochs
+    if cfg.epochs and not cfg.checkpoint:
+        if not steps:
+            refuse(f"--batch-size {cfg.batch_size} is more than the {len(train)} training images; "
+                   f"--batch-size {2 ** int(math.log2(len(train)))} would fit")
+        if steps < 100 or cfg.batch_size < 32:
+            say(f"warning: {steps} steps of {cfg.batch_size} images are too few to learn much")
     if cfg.eval and (test is None or len(labelled.labels.unique()) < 2):
         if cfg.eval != recipe_of(cfg.dataset)["eval"]:
-            raise UserError(f"--eval {' '.join(cfg.eval)} needs class folders of training and of "
-                            f"test images: {cfg.data}/train/<class>/* and {cfg.data}/val/<class>/*")
+            refuse(f"--eval {' '.join(cfg.eval)} needs labels and test images: class folders "
+                   f"{cfg.data}/train/<class>/ and {cfg.data}/val/<class>/")
         say("without labels there is no accuracy to measure; look at neighbors.png")
         return []
     if {"bias", "bounds"} & set(cfg.eval):
@@ -1494,8 +1495,6 @@ def check_images(cfg, train, test, labelled):
 
 def run(cfg):
     """Pretrain or resume, evaluate, write results.json and the pictures. Returns the exit code."""
-    if cfg.export:
-        open(cfg.export, "ab").close()  # complains now rather than after pretraining
     device = start_processes()
     train, test = load_data(cfg, device)
     labelled = train.select((train.labels >= 0).nonzero().squeeze(1))
@@ -1504,48 +1503,51 @@ def run(cfg):
     encoder = build_encoder(cfg, device)
     if cfg.checkpoint:
         load_checkpoint(cfg.checkpoint, encoder)
-    announce(cfg, parts, train, encoder)
-    results, drawn = read_results(cfg.out), []
-    pictured = not cfg.eval or (cfg.out / "neighbors.png").exists()
+    start_log(cfg, parts, train, encoder)
+    path, features = cfg.out / "results.json", {}
+    results = json.loads(path.read_text()) if path.exists() else {"config": public(cfg)}
+    undrawn = cfg.eval and not (cfg.out / "neighbors.png").exists()
 
-    def evaluate(stage, for_export=None):
+    def save_results():
+        if rank() == 0:
+            save_file(path, json.dumps(results, indent=1).replace("NaN", "null") + "\n")
+
+    def evaluate(stage, needed):
         found = results.setdefault(stage, {})
         missing = [name for name in wanted if name not in found]
-        features = None
-        if for_export or not pictured or {"knn", "linear"} & set(missing):
-            features = [extract(encoder.backbone, part, cfg) for part in parts]
+        if needed or {"knn", "linear"} & set(missing):
+            features[stage] = [extract(encoder.backbone, part, cfg) for part in parts]
         for name in missing:
-            found[name] = EVALUATIONS[name](encoder, parts[0], test, features, cfg)
-            write_results(results, cfg)  # each at once: on ImageNet they take hours
-        drawn.append(features)
-        return features
+            found[name] = EVALUATIONS[name](encoder, parts[0], test, features.get(stage), cfg)
+            save_results()  # at once: on ImageNet, each takes hours
 
     if cfg.epochs and not cfg.checkpoint:
         draw_views(train, cfg)
         if cfg.baseline:
-            evaluate("untrained")
+            evaluate("untrained", undrawn)
         results["seconds"] = round(pretrain(encoder, train, cfg), 1)
-    features = evaluate("trained" if cfg.epochs or cfg.checkpoint else "untrained", cfg.export)
-    write_results(results, cfg)
-    if not pictured:
-        draw_neighbors(parts[0], parts[-1], drawn, cfg)
+    stage = "trained" if cfg.epochs or cfg.checkpoint else "untrained"
+    evaluate(stage, undrawn or cfg.export)
+    save_results()
+    if undrawn:
+        draw_neighbors(parts[0], parts[-1], features.values(), cfg)
     if cfg.export:
-        export(cfg.export, features, parts)
-    code = conclude(results, cfg) if rank() == 0 else 0
+        export(cfg.export, features[stage], parts)
+    code = conclude(cfg) if rank() == 0 else 0
     if world_size() > 1:
         dist.destroy_process_group()
     return code
 
 
-def announce(cfg, parts, train, encoder):
+def start_log(cfg, parts, train, encoder):
     """Say what is about to happen. The first line of log.jsonl has all that decides the figures."""
     weights = sum(weight.numel() for weight in encoder.backbone.parameters()) / 1e6
     tests = len(parts[1]) if len(parts) > 1 else "no"
     say(f"{cfg.dataset}, {len(train)} training and {tests} test images; {cfg.backbone}, "
         f"{weights:.1f} million weights")
-    say(f"{cfg.loss} loss, alpha {cfg.alpha:g}, lambda {cfg.lam:g}, lr {cfg.lr:g}, batch "
-        f"{cfg.batch_size}, seed {cfg.seed}; {train.device}, {cfg.precision}, processes: "
-        f"{world_size()}")
+    say(f"{cfg.loss} loss, alpha {cfg.alpha:g}, lambda {cfg.lam:g}; lr {cfg.lr:g}, batch "
+        f"{cfg.batch_size}, seed {cfg.seed}; {train.device}, {cfg.precision}, "
+        f"processes: {world_size()}")
     say(f"{cfg.checkpoint or f'{cfg.epochs} epochs'} -> {cfg.out}")
     if cfg.subset != "full":
         say(f"training images of each class: {train.labels.bincount().tolist()}")
@@ -1561,28 +1563,23 @@ def announce(cfg, parts, train, encoder):
     save_file(cfg.out / "log.jsonl", json.dumps(line) + "\n")
 
 
-def write_results(results, cfg):
-    if rank() == 0:
-        text = json.dumps({"config": public(cfg), **results}, indent=1)
-        save_file(cfg.out / "results.json", text.replace("NaN", "null") + "\n")
-
-
-def conclude(results, cfg):
+def conclude(cfg):
     """Print the table and where the files are. The demonstration fails if it did not learn."""
-    stages = {name: figures(results[name]) for name in ("untrained", "trained") if name in results}
+    stages = read_figures(cfg.out)
+    names = list(dict.fromkeys(name for figures in stages.values() for name in figures))
     rows = [["top-1 on test images, theory on training images", *stages]]
-    for name in list(stages.values())[-1]:
-        rows.append([name, *(f"{found[name]:.4g}" for found in stages.values() if name in found)])
-    if len(rows) > 1:
+    for name in names:
+        values = [figures.get(name) for figures in stages.values()]
+        rows.append([name, *("–" if value is None else f"{value:.4g}" for value in values)])
+    if names:
         markdown(rows)
     say(f"{cfg.out} holds {' '.join(sorted(path.name for path in cfg.out.iterdir()))}")
-    if cfg.checkpoint or not cfg.epochs:
+    if not cfg.checkpoint and cfg.epochs:
+        say(f"next: python balcon.py --checkpoint {cfg.out / 'last.pt'} --export features.npz")
+    others = [change for change in changes(cfg) if not change.startswith("seed")]
+    if cfg.dataset != "patterns" or others or len(stages) < 2 or "kNN" not in "".join(names):
         return 0
-    say(f"next: python balcon.py --checkpoint {cfg.out / 'last.pt'} --export features.npz")
-    others = [change for change in named_changes(cfg) if not change.startswith("seed")]
-    if cfg.dataset != "patterns" or others or len(rows) < 2:
-        return 0
-    before, after = (100 - results[name]["knn"]["knn5"] for name in ("untrained", "trained"))
+    before, after = (100 - stages[stage][names[0]] for stage in ("untrained", "trained"))
     learned = after < before / 4
     print(f"kNN error: {after:.1f} % trained, {before:.1f} % untrained: "
           + ("it learned." if learned else "FAILED, it should be less than a quarter."))

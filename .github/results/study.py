@@ -76,11 +76,6 @@ RUN_TABLES = {
               "long-balanced r18-balanced-a2-l4 r18-ntxent-a2-l1 untrained-r18", {
                   "": "method", "network": "backbone", "steps": "steps", **ACCURACY,
                   "paper: linear": "paper"}),
-    "rates": ("lr0.05-balanced-a2-l4 balanced-a2-l4 lr0.2-balanced-a2-l4 lr0.4-balanced-a2-l4 "
-              "ntxent-a2-l4 lr0.2-ntxent-a2-l4 lr0.4-ntxent-a2-l4 "
-              "balanced-a2-l1 lr0.2-balanced-a2-l1 lr0.4-balanced-a2-l1 "
-              "lr0.05-ntxent-a2-l1 ntxent-a2-l1 lr0.2-ntxent-a2-l1 lr0.4-ntxent-a2-l1", {
-                  "": "method", "rate": "lr", **ACCURACY}),
     "bias": ("balanced-a2-l4 blur noise cutout rotation nocolor", {
         "": "strategy", **ACCURACY, "Eq. 51": "eq51", "Eq. 16": "eq16",
         "Eq. 16 / distance": "relative", "the same, features": "relative_features",
@@ -106,12 +101,14 @@ RUN_TABLES = {
         "linear": "linear", "seconds": "seconds"}),
     "speed": ("", {"": "label", "ratio": "ratio", "commit": "git"}),
 }
-# {table: (run, field that holds rows, heads, digits)}
+# {table: (run, field that holds rows, which of them, heads, digits)}
 LIST_TABLES = {
-    "bounds": ("long-balanced", "bounds", ["epoch", "gap of Eq. 8", "gap of Eq. 10", "mean ν",
-                                           "B", "Eq. 8 violated, %"], (0, 3, 2, 3, 3, 2)),
-    "nscl": ("c100", "nscl", ["classes", *(f"{what}, α = {alpha}" for alpha in (1, 2, 4, 8)
-                                           for what in ("gap", "bound"))], (0, *(4, 3) * 4)),
+    "bounds": ("long-balanced", "bounds", (0, 1, 4, 7, 10), [
+        "epoch", "gap of Eq. 8", "gap of Eq. 10", "mean ν", "B", "Eq. 8 violated, %"],
+        (0, 3, 2, 3, 3, 2)),
+    "nscl": ("c100", "nscl", range(6), ["classes", *(
+        f"{what}, α = {alpha}" for alpha in (1, 2, 4, 8) for what in ("gap", "bound"))],
+        (0, *(4, 3) * 4)),
 }
 
 
@@ -125,9 +122,9 @@ def run_rows(name):
 
 
 def list_rows(name):
-    row, field, heads, digits = LIST_TABLES[name]
-    run = select(row=row)[0]
-    return [heads, *([number(x, n) for x, n in zip(line, digits)] for line in run[field])]
+    row, field, kept, heads, digits = LIST_TABLES[name]
+    lines = [select(row=row)[0][field][i] for i in kept]
+    return [heads, *([number(x, n) for x, n in zip(line, digits)] for line in lines)]
 
 
 def seed_pairs():
@@ -142,6 +139,17 @@ def noise_rows():
         flags = f"{first['preset']} `{first.get('argv', '')}`".replace(" ``", "")
         rows.append([flags, *(number(run[field]) for field in ("linear", "knn1")
                               for run in (first, second))])
+    return rows
+
+
+def rate_rows():
+    rates = ("lr0.05-", "", "lr0.2-", "lr0.4-")
+    numbers = ("0.05", "0.1", "0.2", "0.4")
+    rows = [["", *(f"{what}, {n}" for what in ("linear", "kNN") for n in numbers)]]
+    for method in ("balanced-a2-l4", "ntxent-a2-l4", "balanced-a2-l1", "ntxent-a2-l1"):
+        groups = [select(row=rate + method) for rate in rates]
+        figures = [show(runs, field) for field in ("linear", "knn1") for runs in groups]
+        rows.append([select(row=method)[0]["method"], *figures])
     return rows
 
 
@@ -176,7 +184,7 @@ def model_rows():
     return rows
 
 
-SPECIAL = {"noise": noise_rows, "product": product_rows, "models": model_rows}
+SPECIAL = {"noise": noise_rows, "rates": rate_rows, "product": product_rows, "models": model_rows}
 
 
 # ------------------------------------------ figures in sentences ---------------------------
@@ -323,7 +331,7 @@ def figures():
             axes.plot(2 ** (a + b), y, marker, label=NAMES[loss], alpha=0.8)
         axes.set(title=title, xlabel="αλ", ylabel="linear accuracy (%)")
         axes.set_xscale("log", base=2)
-        axes.legend(loc="lower left")
+    axes.legend(loc="lower left", frameon=False)
     figure.savefig(HERE / "product.svg", transparent=True, metadata={"Date": None})
 
     figure = Figure((8, 3), layout="constrained")
