@@ -1216,25 +1216,26 @@ def draw_views(data, cfg):
 def draw_neighbors(train, test, backbones, cfg):
     """neighbors.png: 8 test images, each followed by its 8 nearest training images, by features of
     the untrained backbone in the upper row and of the trained one below. The right class has a
-    green frame. If there are no test images, these are training images among the others.
+    green frame. Without test images, training images look for their like among the others.
 
     backbones: for each, the (features, labels) of the training and of the test images.
     """
-    rows = balanced_subset(test.labels, min(8, len(test)), "picture")
-    queries, lines = tiles_of(test, rows), []
-    for i, row in enumerate(rows):
-        for parts in backbones:
-            near = nearest(parts[0][0], parts[-1][0][row:row + 1], min(9, len(train)))[0].cpu()
-            near = near[near != row][:8] if train is test else near[:8]
-            right = (train.labels[near] == test.labels[row]) & (test.labels[row] >= 0)
-            tiles = torch.cat([queries[i:i + 1], tiles_of(train, near)])
-            framed = F.pad(tiles, [4] * 4, value=1.0)
-            green = torch.tensor([0.1, 0.7, 0.2])[:, None, None].expand_as(framed).clone()
-            green[..., 4:-4, 4:-4] = tiles
-            framed[1:][right] = green[1:][right]
-            lines.append(F.pad(framed, [0] * 7 + [10 - len(framed)], value=1.0))
-    lines += [torch.ones_like(lines[0])] * (len(lines) % 2)
-    blocks = torch.stack(lines).unflatten(0, (2, -1)).transpose(0, 1)  # side by side
+    rows, lines = balanced_subset(test.labels, min(8, len(test)), "picture"), []
+    border = F.pad(torch.zeros(64, 64), [4] * 4, value=1.0).bool()
+    for parts in backbones:
+        bank, queries = parts[0][0], parts[-1][0]
+        near = nearest(bank, queries[rows.to(bank.device)], min(9, len(train))).cpu()  # [q, 9]
+        near = near[:, 1:] if train is test else near[:, :8]  # the first one is the image itself
+        tiles = tiles_of(train, near.flatten()).unflatten(0, near.shape)
+        tiles = torch.cat([tiles_of(test, rows)[:, None], tiles], 1)  # [q, 9, 3, 64, 64]
+        right = (train.labels[near] == test.labels[rows, None]) & (train.labels[near] >= 0)
+        right = F.pad(right, [1, 0])[..., None, None, None]  # [q, 9, 1, 1, 1]
+        frame = torch.where(right, torch.tensor([0.1, 0.7, 0.2])[:, None, None], 1.0)
+        tiles = torch.where(border, frame, F.pad(tiles, [4] * 4))
+        lines.append(F.pad(tiles, [0] * 7 + [10 - tiles.shape[1]], value=1.0))
+    lines = torch.stack(lines, 1).flatten(0, 1)  # [q · backbones, 10, 3, 72, 72]
+    lines = F.pad(lines, [0] * 9 + [len(lines) % 2], value=1.0)
+    blocks = lines.unflatten(0, (2, -1)).transpose(0, 1)  # two blocks of lines, side by side
     save_picture(blocks.flatten(0, 2), 20, cfg.out / "neighbors.png")
 
 
