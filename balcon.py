@@ -5,7 +5,7 @@
 A reproduction of "Understanding Self-supervised Contrastive Learning through Supervised
 Objectives" (TMLR 2025, arXiv 2510.10572). Equation, table and section numbers are the paper's.
 
-    python balcon.py                               # a laptop: one minute, no download
+    python balcon.py                               # a laptop: a few minutes, no download
     python balcon.py --dataset cifar10             # one GPU: the paper's CIFAR-10 recipe
     torchrun --nproc_per_node=8 balcon.py --dataset imagenet --alpha 4 --lam 2
 
@@ -23,7 +23,7 @@ Map, in the order in which data flows:
     views         augmentations, whose parameters are drawn first and applied later
     data          images in memory or on disk, and subsets of them
     model         a ResNet of torchvision and the projector
-    distributed   what processes exchange so that N of them compute what one would
+    distributed   communication: N processes compute what one would
     pretraining   SGD, checkpoints, resuming
     evaluation    nearest neighbours, linear classifier
     theory        prototype representation bias, the bounds of Theorems 4.4 and 4.6
@@ -44,6 +44,7 @@ import math
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,7 +129,7 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
         same_group = group[:, None] == gather_with_gradient(group)  # [2m, 2M]
         repel = (alpha * s).masked_fill(same_group, -math.inf).logsumexp(1)  # [2m]
         if labels is not None and repel.isneginf().any():
-            raise ValueError("an image has no negatives: all others are of its class")
+            raise ValueError("no negatives: the whole batch is of one class")
         return (lam / alpha * repel - positive).mean()
 
 
@@ -145,13 +146,13 @@ def nscl_loss(z1, z2, labels, alpha, lam, similarity="cosine"):
     """Negatives-only supervised loss (arXiv 2506.04411): Eq. 17, repelling only other classes.
 
     labels: [m] integers. All else as in `balanced_contrastive_loss`; also raises ValueError if the
-    batch holds no other class for some image.
+    whole batch is of one class.
     """
     return balanced_contrastive_loss(z1, z2, alpha, lam, similarity, labels=labels)
 
 
 def loss_floor(m, alpha, lam):
-    """The minimum of Eq. 17 for m ≥ 2 images under cosine similarity, if d ≥ m − 1.
+    """Minimum of Eq. 17 for cosine similarity and m ≥ 2 images; a lower bound if d < m − 1.
 
     The log-sum-exp is at least that of equal similarities (Jensen), and Σᵢⱼ zᵢ·zⱼ ≥ 0 keeps the
     mean negative similarity at −1/(m−1) or above. Both are equalities iff the two views of each
@@ -222,14 +223,18 @@ class ColorJitter(Augmentation, name="color_jitter", p=0.8):
         return x[to_device(order.argsort(), x.device)]
 
 
-def blend(x, factor, contrast, saturation):  # with black, or the mean grey, or the own grey
+def blend(x, factor, contrast, saturation):  # with black, its mean grey, or its own grey version
     grey = rgb_to_grayscale(x)  # [n, 1, S, S]
     mean = grey.mean((1, 2, 3), keepdim=True)
     return torch.addcmul(mean * contrast, grey, saturation).lerp(x, factor).clamp_(0, 1)
 
 
 def shift_hue(x, shift):
-    """x: [n, 3, H, W]; shift: [n, 1, 1, 1], in turns of the colour circle (HSV, as torchvision)."""
+    """x: [n, 3, H, W]; shift: [n, 1, 1, 1], in turns of the colour circle (HSV, as torchvision).
+
+    Hue in sixths of the circle is 0 for red, 2 for green, 4 for blue. The brightest channel gives
+    the sector, the difference of the other two the place in it.
+    """
     value, brightest = x.max(1, keepdim=True)  # channel 0, 1 or 2
     chroma = value - x.amin(1, keepdim=True)
     difference = x.roll(-1, 1) - x.roll(-2, 1)  # of the two channels after each, in cyclic order
@@ -308,7 +313,7 @@ class Views:
 
     def draw(self, n, rng):
         """t₁ … tₙ ~ T: {name: [n, ...]}, on the CPU."""
-        area = uniform(rng, *self.crop_scale, n, 10, 1)  # ten candidates, of which one will fit
+        area = uniform(rng, *self.crop_scale, n, 10, 1)  # ten candidates: see crop_box
         shape = uniform(rng, math.log(3 / 4), math.log(4 / 3), n, 10, 1).exp()  # width / height
         corner = uniform(rng, 0, 1, n, 10, 2)  # top left, as fractions of the room there is
         t = {"crop": torch.cat([area, shape, corner], 2)}
@@ -323,7 +328,7 @@ class Views:
         if "crop" in t:
             x = crop_resize(x, to_device(crop_box(t["crop"], *x.shape[-2:]), x.device), self.size)
         for name in self.names:
-            rows = t[name + "?"].nonzero().squeeze(1)  # on the CPU: nothing waits for a GPU
+            rows = t[name + "?"].nonzero().squeeze(1)  # on the CPU: avoids a GPU sync
             if len(rows):
                 place = to_device(rows, x.device)
                 x[place] = AUGMENTATIONS[name].apply(x[place], t[name][rows])
@@ -369,8 +374,10 @@ def mean_and_std(device):  # of ImageNet, also for CIFAR (A.4.1): [3, 1, 1] each
 
 
 def to_device(x, device):
-    """A copy on the device. The host does not wait for a GPU that is busy with the last step."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """x on the device. Asynchronous: the host does not wait for a GPU that is busy."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 # ----------------------------------------- data -------------------------------------------
@@ -389,9 +396,9 @@ def rng(*key):
 
 
 class Images(torch.utils.data.Dataset):
-    """Images in memory, uint8 [N, 3, S, S] on the device, or a list of N files on disk.
+    """Images in memory, uint8 [N, 3, S, S] on the device, or the names of N files.
 
-    labels: [N] on the CPU; −1 marks an image without one, which only pretraining uses.
+    labels: [N] on the CPU; −1 marks an image without one.
     """
 
     def __init__(self, images, labels, classes, cfg, device):
@@ -496,14 +503,15 @@ def read_folders(cfg):
         raise UserError(f"the class {odd} is not in both {train} and {held_out[0]}")
     if held_out or not classes or cfg.dataset != "folder":
         return splits
-    test = rank_within_class(labels, "held out") < (labels.bincount() / 10).ceil()[labels]
+    tenth = (labels.bincount() / 10).ceil().minimum(labels.bincount() - 1)
+    test = rank_within_class(labels, "held out") < tenth[labels]
     say(f"no test images: a fixed tenth of each class is held out ({test.sum()} images)")
     return [(files[chosen], labels[chosen], classes) for chosen in (~test, test)]
 
 
 def read_folder(folder):
     """(files, labels [N], classes) of folder/<class>/…, all that Pillow reads and is not hidden.
-    Images beside the class folders, or less than two of these: no labels, all are −1."""
+    Images beside the class folders, or fewer than two of these: no labels, all are −1."""
     kinds = Image.registered_extensions()
     readable = tuple(end for end in kinds if kinds[end] in Image.OPEN)
     names = glob.glob("**", root_dir=folder, recursive=True)  # hidden files are not among them
@@ -544,8 +552,6 @@ def read_torchvision(dataset, root):
         if rank() == 0:
             barrier()
     except (OSError, RuntimeError) as error:
-        if root.is_dir() and not any(root.iterdir()):
-            os.removedirs(root)  # torchvision made it
         raise UserError(f"{dataset} is not in {root} and cannot be downloaded ({error}): put "
                         f"torchvision's files or class folders train/ and test/ there") from None
     return [(torch.tensor(part.data if stl else part.data.transpose(0, 3, 1, 2)),
@@ -640,13 +646,14 @@ def start_processes():
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=2))  # rank 0 may have to download first
     return device
 
 
 def share(n):
-    """This rank's rows of n. Two ranks share 5 rows as 0 2 4 and 1 3. A rank without any gets the
-    first row, because tensors must not be empty; gather_rows drops it."""
+    """This rank's rows of n. Two ranks share 5 rows as 0 2 4 and 1 3. A rank left without rows
+    works on the first one, since batches must not be empty; gather_rows drops the result."""
     return slice(rank(), n, world_size()) if rank() < n else slice(1)
 
 
@@ -683,7 +690,7 @@ def autocast(device, cfg):  # of the network; the losses compute in float32 even
 def pretrain(encoder, train, cfg):
     """Train `encoder` by SGD, from the last checkpoint if there is one. Returns the seconds taken.
 
-    A step is a pure function of (seed, step), so an interrupted run ends as any other.
+    What a step sees depends only on the seed and the step, so a resumed run ends as any other.
     """
     m, per_epoch = cfg.batch_size, len(train) // cfg.batch_size
     views = Views(cfg.parts, cfg.size, cfg.crop_scale)
@@ -705,6 +712,8 @@ def pretrain(encoder, train, cfg):
             loss.backward()
             optimizer.step()
             run.after(step + 1, loss.detach(), lr, z1.detach())
+    for statistic in encoder.buffers() if world_size() > 1 else ():
+        dist.broadcast(statistic, 0)  # without SyncBatchNorm the ranks' batch norms differ
     return run.seconds
 
 
@@ -746,7 +755,7 @@ class Pretraining:
         if cfg.loss == "balanced" and cfg.similarity == "cosine":
             line["above_floor"] = loss - loss_floor(cfg.batch_size, cfg.alpha, cfg.lam)
             floor = f" (floor +{line['above_floor']:.3f})"
-        with open(cfg.out / "log.jsonl", "a") as log:  # steps made again after a kill stand twice
+        with open(cfg.out / "log.jsonl", "a") as log:  # steps repeated after a kill appear twice
             log.write(json.dumps(line) + "\n")
         self.progress(step, self.total, f"epoch {epoch:.1f}/{cfg.epochs}  loss {loss:.3f}{floor}  "
                       f"lr {lr:.3g}  {speed:.0f} img/s", epoch_ends or step == self.first + 1)
@@ -846,11 +855,13 @@ def knn_predict(train_features, train_labels, test_features, k):
     """
     if not 1 <= k <= len(train_features):
         raise ValueError(f"k = {k} neighbours of {len(train_features)} images")
-    voters, winners = train_labels[nearest(train_features, test_features, k)], []  # [Q, k]
-    for some in voters.split(256):
-        votes = (some[:, :, None] == some[:, None]).sum(2)  # [q, k]: for the class of each voter
-        winners.append(votes.argmax(1))  # the first maximum: the nearest of equals
-    return voters.gather(1, torch.cat(winners)[:, None]).squeeze(1)
+    predicted = []
+    for rows in nearest(train_features, test_features, k).split(256):
+        voters = train_labels[rows]  # [q, k], nearest first
+        votes = (voters[:, :, None] == voters[:, None]).sum(2)  # [q, k]: for each voter's class
+        winner = votes.argmax(1, keepdim=True)  # the first maximum: the nearest of equals
+        predicted.append(voters.gather(1, winner).squeeze(1))
+    return torch.cat(predicted)
 
 
 def percent(chosen):
@@ -860,8 +871,10 @@ def percent(chosen):
 def knn(encoder, train, test, features, cfg):
     """Top-1 accuracy in % by the k nearest training images, for each k."""
     (bank, labels), (queries, answers) = features
-    predicted = {k: knn_predict(bank, labels, queries, min(k, len(bank))) for k in cfg.k}
-    return {f"knn{k}": percent(labels == answers) for k, labels in predicted.items()}
+    found = {}
+    for k in (min(k, len(bank)) for k in cfg.k):
+        found[f"knn{k}"] = percent(knn_predict(bank, labels, queries, k) == answers)
+    return found
 
 
 def linear(encoder, train, test, features, cfg):
@@ -1008,11 +1021,11 @@ def class_means(x, labels):
 
 
 def mean_length(gaps):
-    """Mean length of gaps between expectations E_T, and its standard error, from gaps [N, 2, d]
-    between means over two halves of K views.
+    """Mean distance between two expectations over T, and its standard error.
 
-    The noise of a mean over K views adds about c/K to a squared length, and 2c/K for half of the
-    views. So 2·whole² − half² is free of it.
+    gaps: [N, 2, d], their difference, estimated from each half of K views. An estimate from K views
+    has a squared length too large by about c/K, one from K/2 views by 2c/K. So twice the former
+    minus the latter is free of c (Richardson extrapolation).
     """
     whole = gaps.mean(1).norm(dim=1)  # [N]
     half = gaps.norm(dim=2).mean(1)  # [N]
@@ -1113,18 +1126,23 @@ EVALUATIONS = {"knn": knn, "linear": linear, "bias": bias, "bounds": bounds}
 def training_subset(cfg, images, labels):
     """Rows that --subset-file, --subset and --limit keep (A.3.4)."""
     if cfg.subset_file:  # lines <class>/<file>, after any folders and before any label
-        row_of = {"/".join(Path(name).parts[-2:]): row for row, name in enumerate(images)}
-        names = [Path(line.split()[0]).parts[-2:] for line in open(cfg.subset_file) if line.strip()]
-        missing = [name for name in map("/".join, names) if name not in row_of]
-        if missing or not names:
-            raise UserError(f"{cfg.subset_file} lists no training image: {missing[:1]}")
-        return torch.tensor(sorted({row_of["/".join(name)] for name in names}))
+        files = [] if torch.is_tensor(images) else images
+        row_of = {"/".join(Path(name).parts[-2:]): row for row, name in enumerate(files)}
+        lines = [line.strip() for line in open(cfg.subset_file) if line.strip()]
+        names = ["/".join(Path(line).parts[-2:]) for line in lines]
+        names = [name if name in row_of else name.rsplit(None, 1)[0] for name in names]
+        if not names or not row_of.keys() >= set(names):
+            raise UserError(f"--subset-file {cfg.subset_file} must list images of the training files")
+        return torch.tensor(sorted({row_of[name] for name in names}))
+    if cfg.subset != "full" and (labels < 0).all():
+        raise UserError(f"--subset {cfg.subset} needs labels")
     if cfg.subset == "full":
         return balanced_subset(labels, cfg.limit, "limit")  # the same images for every seed
     sizes = labels[labels >= 0].bincount()
     total = cfg.limit or round(int(sizes.sum()) * 115_846 / 1_281_167)  # ImageNet-LT's share
     if cfg.subset == "uni":
-        return balanced_subset(labels, total, "subset", cfg.seed)
+        rows = (labels >= 0).nonzero().squeeze(1)
+        return rows[balanced_subset(labels[rows], total, "subset", cfg.seed)]
     counts, generator = torch.zeros_like(sizes), rng("subset", cfg.seed)
     for count in long_tailed_counts(len(sizes), total, min(1280, int(sizes.max()))):
         free = ((sizes >= count) & (counts == 0)).nonzero().squeeze(1)
@@ -1191,7 +1209,7 @@ def draw_patterns(n, split):
 # ----------------------------------------- output -----------------------------------------
 def tiles_of(data, rows, views=None, n=1, side=64):
     """The images of these rows, or n views of each, view by view: [.., 3, side, side] in [0, 1]."""
-    order = [(0, rows.repeat_interleave(world_size()))]  # so that each rank's share is all rows
+    order = [(0, rows.repeat_interleave(world_size()))]  # dealt out in turn: all rows to each rank
     step, x, labels = next(data.batches(order, views, n, ("picture",)))
     mean, std = mean_and_std(x.device)
     mode = "nearest" if x.shape[-1] <= side else "bilinear"
@@ -1225,7 +1243,10 @@ def draw_neighbors(train, test, backbones, cfg):
     for parts in backbones:
         bank, queries = parts[0][0], parts[-1][0]
         near = nearest(bank, queries[rows.to(bank.device)], min(9, len(train))).cpu()  # [q, 9]
-        near = near[:, 1:] if train is test else near[:, :8]  # the first one is the image itself
+        if train is test:  # without the image itself
+            itself = (near == rows[:, None]).int()
+            near = near.gather(1, itself.argsort(1, stable=True))[:, :-1]
+        near = near[:, :8]
         tiles = tiles_of(train, near.flatten()).unflatten(0, near.shape)
         tiles = torch.cat([tiles_of(test, rows)[:, None], tiles], 1)  # [q, 9, 3, 64, 64]
         right = (train.labels[near] == test.labels[rows, None]) & (train.labels[near] >= 0)
@@ -1253,10 +1274,10 @@ def export(path, features, parts):
 
 MEANINGS = {  # the figures that are printed; results.json has more
     "linear": "linear classifier, % right",
-    "eq51_relative": "bias, Eq. 51 / distance of random views (less is better)",
-    "eq16_relative": "bias, Eq. 16 / that of mean views (less is better)",
-    "attract_gap": "gap of Theorem 4.4's bound (less is tighter)",
-    "repel_gap": "gap of Theorem 4.6's bound (less is tighter)",
+    "eq51_relative": "bias, Eq. 51 / distance of random views (lower is better)",
+    "eq16_relative": "bias, Eq. 16 / that of mean views (lower is better)",
+    "attract_gap": "gap of Theorem 4.4's bound (lower is tighter)",
+    "repel_gap": "gap of Theorem 4.6's bound (lower is tighter)",
     "repel_fails": "images where that bound fails, %",
     "angle_over_90": "images that break Assumption 4.3, %",
     "nu": "shortest class prototype, ν (0 to 1)",
@@ -1268,7 +1289,8 @@ def read_figures(folder):
     stages, path = {}, folder / "results.json"
     for stage, found in json.loads(path.read_text()).items() if path.exists() else ():
         if stage in ("untrained", "trained"):
-            values = {name: value for figures in found.values() for name, value in figures.items()}
+            values = {name: value for figures in found.values() for name, value in figures.items()
+                      if value is not None}
             knn = [name for name in values if name.startswith("knn")]
             meanings = {name: f"kNN, k = {name[3:]}, % right (cosine, majority)" for name in knn}
             meanings |= {name: text for name, text in MEANINGS.items() if name in values}
@@ -1310,7 +1332,7 @@ def report(places):
 
 
 # ----------------------------------------- command line -----------------------------------
-RESNETS = ["resnet10", *torchvision.models.list_models(torchvision.models, "*resne?t*")]
+RESNETS = ["resnet10", *torchvision.models.list_models(torchvision.models, "*resne[tx]*")]
 # Every flag: its default, what it is, and its choices. Defaults are the CIFAR-10 recipe (A.4.1);
 # a type in place of a default means that there is none.
 FLAGS = {
@@ -1320,7 +1342,7 @@ FLAGS = {
     "loss": ("balanced", "Eq. 17, or generalized NT-Xent", LOSSES),
     "similarity": ("cosine", "of projections (Table 1)", ["cosine", "dot", "euclidean"]),
     "epochs": (200, "of pretraining; 0 evaluates the untrained backbone"),
-    "batch_size": (512, "images a step over all processes; twice as many views"),
+    "batch_size": (512, "images per step over all processes; twice as many views"),
     "lr": (0.1, "SGD's peak, then a cosine; gradients are 1/α of the usual NT-Xent's"),
     "momentum": (0.9, "of SGD"),
     "weight_decay": (1e-4, "of SGD, on all parameters"),
@@ -1337,7 +1359,7 @@ FLAGS = {
     "seed": (0, "of weights, order and views"),
     "init": (Path, "start from this checkpoint or torchvision state dict"),
     "checkpoint": (Path, "evaluate this checkpoint instead of pretraining"),
-    "limit": (0, "train on so many images, the same for every seed; 0: all"),
+    "limit": (0, "train on this many images, the same for every seed; 0: all"),
     "subset": ("full", "long-tailed as ImageNet-LT, or uniform of that size (A.3.4)",
                ["full", "lt", "uni"]),
     "subset_file": (Path, "train on the images that this file lists"),
@@ -1348,10 +1370,10 @@ FLAGS = {
     "probe_lr": (30.0, "on crops, for a batch of 256"),
     "probe_batch": (256, "on crops"),
     "probe_epochs": (90, "on crops"),
-    "probe_l2": (1e-3, "on features: weight of ‖W‖²/2"),
+    "probe_l2": (0.03, "on features: weight of ‖W‖²/2 beside the mean cross-entropy"),
     "theory_images": (50_000, "training images that theory is measured on, at most"),
     "theory_views": (10, "K, even: views of an image that stand for E_T"),
-    # What follows may change without making another run of it.
+    # What follows may change without making it a different run.
     "out": (Path, "run directory, by default in runs/; the same command resumes it"),
     "eval": (["knn", "linear"], "what to measure; with no names nothing", EVALUATIONS),
     "baseline": (True, "evaluate the untrained backbone, too"),
@@ -1454,14 +1476,19 @@ def changes(cfg):
 def check(cfg):
     """Refuse, before any work is done, what would fail late."""
     processes, log = int(os.environ.get("WORLD_SIZE", 1)), cfg.out / "log.jsonl"
-    may_be_zero = {"epochs", "momentum", "weight_decay", "seed", "limit", "probe_l2", "save_every",
-                   "workers"}
+    may_be_zero = {"lam", "epochs", "momentum", "weight_decay", "seed", "limit", "probe_l2",
+                   "save_every", "workers"}
     for name, value in vars(cfg).items():
         least = 0 if name in may_be_zero else 1e-9
         if type(value) in (int, float) and not least <= value < math.inf:
             refuse(f"--{name.replace('_', '-')} {value} is too small or not finite")
-    if cfg.batch_size % processes:
-        refuse(f"--batch-size {cfg.batch_size} does not divide by the {processes} processes")
+    if cfg.batch_size % processes or cfg.batch_size < 2:
+        refuse(f"--batch-size {cfg.batch_size} must be 2 or more and divisible by the number of "
+               f"processes, {processes}")
+    if min(cfg.k, default=0) < 1:
+        refuse("--k needs numbers of neighbours, of at least 1")
+    if len(cfg.crop_scale) != 2 or not 0 < cfg.crop_scale[0] <= cfg.crop_scale[1] <= 1:
+        refuse("--crop-scale takes two shares between 0 and 1, the smaller first")
     if len(set(cfg.parts)) < len(cfg.parts):
         refuse(f"--add {' '.join(cfg.add)}: the recipe has that already")
     if cfg.theory_views % 2:
@@ -1470,8 +1497,6 @@ def check(cfg):
     for key, value in public(cfg).items():
         if config.get(key) != value:
             refuse(f"--out {cfg.out} holds another run, with {key} {config.get(key)}, not {value}")
-    if cfg.export:
-        open(cfg.export, "ab").close()  # complains now rather than after pretraining
 
 
 def check_images(cfg, train, test, labelled):
@@ -1480,15 +1505,19 @@ def check_images(cfg, train, test, labelled):
     if cfg.epochs and not cfg.checkpoint:
         if not steps:
             refuse(f"--batch-size {cfg.batch_size} is more than the {len(train)} training images; "
-                   f"--batch-size {2 ** int(math.log2(len(train)))} would fit")
+                   f"--batch-size {1 << len(train).bit_length() - 1} would fit")
         if steps < 100 or cfg.batch_size < 32:
             say(f"warning: {steps} steps of {cfg.batch_size} images are too few to learn much")
     if cfg.eval and (test is None or len(labelled.labels.unique()) < 2):
         if cfg.eval != recipe_of(cfg.dataset)["eval"]:
             refuse(f"--eval {' '.join(cfg.eval)} needs labels and test images: class folders "
                    f"{cfg.data}/train/<class>/ and {cfg.data}/val/<class>/")
-        say("without labels there is no accuracy to measure; look at neighbors.png")
+        say("too few labels or no test images: no accuracy to measure; see neighbors.png")
         return []
+    if "linear" in cfg.eval and cfg.probe == "crops" and train.in_memory:
+        if train.images.shape[-1] != cfg.size:
+            refuse(f"--probe crops trains on crops of {cfg.size} pixels and tests on images of "
+                   f"{train.images.shape[-1]}: use --probe features")
     if {"bias", "bounds"} & set(cfg.eval):
         theory_images(labelled, cfg)
     return cfg.eval
@@ -1500,13 +1529,17 @@ def run(cfg):
     train, test = load_data(cfg, device)
     labelled = train.select((train.labels >= 0).nonzero().squeeze(1))
     wanted = check_images(cfg, train, test, labelled)
+    if cfg.export:
+        open(cfg.export, "ab").close()  # complains now rather than after pretraining
     parts = [labelled if wanted else train, *([test] if test else [])]
     encoder = build_encoder(cfg, device)
-    if cfg.checkpoint:
-        load_checkpoint(cfg.checkpoint, encoder)
+    step = load_checkpoint(cfg.checkpoint, encoder)["step"] if cfg.checkpoint else None
     start_log(cfg, parts, train, encoder)
     path, features = cfg.out / "results.json", {}
     results = json.loads(path.read_text()) if path.exists() else {"config": public(cfg)}
+    if results.setdefault("step", step) != step:
+        raise UserError(f"{cfg.out} measured step {results['step']} of {cfg.checkpoint}, which is at "
+                        f"step {step} now: choose another --out")
     undrawn = cfg.eval and not (cfg.out / "neighbors.png").exists()
 
     def save_results():
@@ -1535,7 +1568,7 @@ def run(cfg):
     if cfg.export:
         export(cfg.export, features[stage], parts)
     code = conclude(cfg) if rank() == 0 else 0
-    if world_size() > 1:
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     return code
 
@@ -1555,7 +1588,7 @@ def start_log(cfg, parts, train, encoder):
     if rank() > 0 or (cfg.out / "log.jsonl").exists():
         return
     cfg.out.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty"], text=True,
+    git = subprocess.run("git describe --always --abbrev=40 --dirty", shell=True, text=True,
                          cwd=Path(__file__).resolve().parent, capture_output=True).stdout.strip()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     line = {"config": public(cfg), "argv": sys.argv, "git": git, "processes": world_size(),
