@@ -1132,7 +1132,7 @@ def training_subset(cfg, images, labels):
         names = ["/".join(Path(line).parts[-2:]) for line in lines]
         names = [name if name in row_of else name.rsplit(None, 1)[0] for name in names]
         if not names or not row_of.keys() >= set(names):
-            raise UserError(f"--subset-file {cfg.subset_file} must list images of the training files")
+            raise UserError(f"--subset-file {cfg.subset_file} must list files of training images")
         return torch.tensor(sorted({row_of[name] for name in names}))
     if cfg.subset != "full" and (labels < 0).all():
         raise UserError(f"--subset {cfg.subset} needs labels")
@@ -1245,7 +1245,7 @@ def draw_neighbors(train, test, backbones, cfg):
         near = nearest(bank, queries[rows.to(bank.device)], min(9, len(train))).cpu()  # [q, 9]
         if train is test:  # without the image itself
             itself = (near == rows[:, None]).int()
-            near = near.gather(1, itself.argsort(1, stable=True))[:, :-1]
+            near = near.gather(1, itself.argsort(dim=1, stable=True))[:, :-1]
         near = near[:, :8]
         tiles = tiles_of(train, near.flatten()).unflatten(0, near.shape)
         tiles = torch.cat([tiles_of(test, rows)[:, None], tiles], 1)  # [q, 9, 3, 64, 64]
@@ -1538,8 +1538,8 @@ def run(cfg):
     path, features = cfg.out / "results.json", {}
     results = json.loads(path.read_text()) if path.exists() else {"config": public(cfg)}
     if results.setdefault("step", step) != step:
-        raise UserError(f"{cfg.out} measured step {results['step']} of {cfg.checkpoint}, which is at "
-                        f"step {step} now: choose another --out")
+        raise UserError(f"{cfg.out} measured step {results['step']} of {cfg.checkpoint}, which is "
+                        f"now at step {step}: choose another --out")
     undrawn = cfg.eval and not (cfg.out / "neighbors.png").exists()
 
     def save_results():
