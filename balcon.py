@@ -324,7 +324,8 @@ class Views:
         return t
 
     def apply(self, x, t):
-        """x: [n, 3, H, H] in [0, 1] -> t(x): [n, 3, size, size]. Without t["crop"]: H is size."""
+        """x: [n, 3, H, H] in [0, 1], may be overwritten -> t(x): [n, 3, size, size], where H is
+        already the size if t has no crop."""
         if "crop" in t:
             x = crop_resize(x, to_device(crop_box(t["crop"], *x.shape[-2:]), x.device), self.size)
         for name in self.names:
@@ -1274,8 +1275,8 @@ def export(path, features, parts):
 
 MEANINGS = {  # the figures that are printed; results.json has more
     "linear": "linear classifier, % right",
-    "eq51_relative": "bias, Eq. 51 / distance of random views (lower is better)",
-    "eq16_relative": "bias, Eq. 16 / that of mean views (lower is better)",
+    "eq51_relative": "bias, Eq. 51 relative (lower is better)",
+    "eq16_relative": "bias, Eq. 16 relative (lower is better)",
     "attract_gap": "gap of Theorem 4.4's bound (lower is tighter)",
     "repel_gap": "gap of Theorem 4.6's bound (lower is tighter)",
     "repel_fails": "images where that bound fails, %",
