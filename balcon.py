@@ -1486,8 +1486,8 @@ def check(cfg):
     if cfg.batch_size % processes or cfg.batch_size < 2:
         refuse(f"--batch-size {cfg.batch_size} must be 2 or more and divisible by the number of "
                f"processes, {processes}")
-    if min(cfg.k, default=0) < 1:
-        refuse("--k needs numbers of neighbours, of at least 1")
+    if min(cfg.k, default=0) < 1 or min(cfg.projector, default=0) < 1:
+        refuse("--k and --projector need numbers of at least 1")
     if len(cfg.crop_scale) != 2 or not 0 < cfg.crop_scale[0] <= cfg.crop_scale[1] <= 1:
         refuse("--crop-scale takes two shares between 0 and 1, the smaller first")
     if len(set(cfg.parts)) < len(cfg.parts):

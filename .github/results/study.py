@@ -99,6 +99,8 @@ RUN_TABLES = {
     "demo": ("demo untrained-demo demo-nocolor", {
         "": "method", "views": "strategy", "runs": "runs", "kNN, k = 5": "knn5",
         "linear": "linear", "seconds": "seconds"}),
+    "limit": ("", {"": "method", "runs": "runs", "kNN, k = 1": "knn1", "kNN, k = 10": "knn10",
+                   "linear": "linear", "views": "views"}),
     "speed": ("", {"": "label", "ratio": "ratio", "commit": "git"}),
 }
 # {table: (run, field that holds rows, which of them, heads, digits)}
