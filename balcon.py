@@ -1578,12 +1578,12 @@ def start_log(cfg, parts, train, encoder):
     """Say what is about to happen. The first line of log.jsonl has all that decides the figures."""
     weights = sum(weight.numel() for weight in encoder.backbone.parameters()) / 1e6
     tests = len(parts[1]) if len(parts) > 1 else "no"
-    say(f"{cfg.dataset}, {len(train)} training and {tests} test images; {cfg.backbone}, "
-        f"{weights:.1f} million weights")
-    say(f"{cfg.loss} loss, alpha {cfg.alpha:g}, lambda {cfg.lam:g}; lr {cfg.lr:g}, batch "
-        f"{cfg.batch_size}, seed {cfg.seed}; {train.device}, {cfg.precision}, "
+    say(f"{cfg.dataset}, {len(train)} training and {tests} test images -> {cfg.out}")
+    say(f"{cfg.backbone}, {weights:.1f} million weights; {train.device}, {cfg.precision}, "
         f"processes: {world_size()}")
-    say(f"{cfg.checkpoint or f'{cfg.epochs} epochs'} -> {cfg.out}")
+    say(f"{cfg.loss} loss, alpha {cfg.alpha:g}, lambda {cfg.lam:g}; batch {cfg.batch_size}, lr "
+        f"{cfg.lr:g}, seed {cfg.seed}")
+    say(f"evaluating {cfg.checkpoint}" if cfg.checkpoint else f"{cfg.epochs} epochs")
     if cfg.subset != "full":
         say(f"training images of each class: {train.labels.bincount().tolist()}")
     if rank() > 0 or (cfg.out / "log.jsonl").exists():
