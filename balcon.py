@@ -73,7 +73,7 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
     Under torch.distributed the anchors are this rank's and the negatives come from all ranks, of
     the same m each; DDP's averaged gradient is that of one process with the whole batch.
     Gradients are 1/α of those of the usual NT-Xent with temperature 1/α, as in the paper:
-    multiply a learning rate from the SimCLR literature by α.
+    multiply a learning rate from the SimCLR literature by α, and divide its weight decay by α.
 
     Raises ValueError for other shapes or similarities, α ≤ 0, λ < 0, or a batch of one image.
     """
@@ -1442,6 +1442,8 @@ def parse_flags(argv=None):
         parser.add_argument("--" + name.replace("_", "-"), **options)
     first = parser.parse_known_args(argv)[0]
     saved = load_file(first.checkpoint).get("config", {}) if first.checkpoint else {}
+    if saved and saved.keys() != set(IDENTITY):
+        refuse(f"--checkpoint {first.checkpoint} is of another version; --init takes its weights")
     recipe = recipe_of(first.dataset or saved.get("dataset", "patterns"))
     if saved.get("dataset") != recipe["dataset"]:
         saved.pop("data", None)  # that of other images
