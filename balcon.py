@@ -21,14 +21,14 @@ Letters, as in the paper:
 Map, in the order in which data flows:
     losses        Eq. 17, generalized NT-Xent, NSCL, the minimum of Eq. 17
     views         augmentations, whose parameters are drawn first and applied later
-    data          images in memory or on disk, and subsets of them
+    data          images in memory or on disk
     model         a ResNet of torchvision and the projector
     distributed   communication: N processes compute what one would
     pretraining   SGD, checkpoints, resuming
     evaluation    nearest neighbours, linear classifier
     theory        prototype representation bias, the bounds of Theorems 4.4 and 4.6
-    more data     long-tailed subsets, drawn patterns
-    output        pictures, features, tables
+    more data     folders, torchvision's data sets, subsets, drawn patterns
+    output        progress, pictures, features, tables
     command line  every flag and recipe in one block, main
 """
 import os
@@ -170,12 +170,8 @@ LOSSES = {"balanced": balanced_contrastive_loss, "ntxent": generalized_nt_xent_l
 # to two images (Eq. 51), and every rank can draw for the global batch and apply its own rows.
 #
 # To add an augmentation, write one more class like these: its name becomes a choice of --add.
-AUGMENTATIONS = {}
-
-
 class Augmentation:
-    def __init_subclass__(cls, name, p):  # p: probability that it is applied to an image
-        AUGMENTATIONS[name], cls.p = cls(), p
+    p = 0.5  # probability that it is applied to an image
 
     def draw(self, n, rng):
         return torch.empty(n, 0)  # no parameters
@@ -185,18 +181,23 @@ def uniform(rng, low, high, *shape):
     return low + (high - low) * torch.rand(*shape, generator=rng)
 
 
-class Flip(Augmentation, name="flip", p=0.5):
+class Flip(Augmentation):
+    name = "flip"
+
     def apply(self, x, t):
         return x.flip(-1)
 
 
-class Grayscale(Augmentation, name="grayscale", p=0.2):
+class Grayscale(Augmentation):
+    name, p = "grayscale", 0.2
+
     def apply(self, x, t):
         return rgb_to_grayscale(x, num_output_channels=3)
 
 
-class ColorJitter(Augmentation, name="color_jitter", p=0.8):
+class ColorJitter(Augmentation):
     """Brightness, contrast, saturation and hue, in an order of its own for each image."""
+    name, p = "color_jitter", 0.8
     strength, hue = 0.4, 0.1
 
     def draw(self, n, rng):
@@ -206,24 +207,25 @@ class ColorJitter(Augmentation, name="color_jitter", p=0.8):
         return torch.cat([factor, shift, kind], 1)  # [n, 8]
 
     def apply(self, x, t):
-        # Hue is slow, so it comes once for all images. They are sorted by the turn at which it
-        # comes: then those that have something else at a turn before or after it are one slice.
-        hue_turn, order = t[:, 4:].argmax(1).sort()
-        factor, shift, kind = t[order].split([3, 1, 4], 1)
+        # Hue is slow, so it comes once, for all images. What an image has before its hue or after
+        # it gets a turn on that side; a factor of 1 leaves out the turn on the other side.
+        factor, shift, kind = t.split([3, 1, 4], 1)
         factor = factor.gather(1, kind.long().clamp(max=2))  # [n, 4]: by turn
-        table = to_device(torch.stack([factor, kind == 1, kind == 2]), x.device)[..., None, None]
-        x = x[to_device(order, x.device)]
+        hue_turn, turn = kind.argmax(1, keepdim=True), torch.arange(4)
+        before, after = factor.where(turn < hue_turn, 1), factor.where(turn > hue_turn, 1)
+        table = torch.stack([before, after, kind == 1, kind == 2])  # [4, n, 4]
+        before, after, contrast, saturation = to_device(table, x.device)[..., None, None, None]
         for turn in range(3):
-            rows = slice(int((hue_turn <= turn).sum()), None)
-            x[rows] = blend(x[rows], *table[:, rows, turn:turn + 1])
+            x = blend(x, before[:, turn], contrast[:, turn], saturation[:, turn])
         x = shift_hue(x, to_device(shift, x.device)[..., None, None])
         for turn in range(1, 4):
-            rows = slice(0, int((hue_turn < turn).sum()))
-            x[rows] = blend(x[rows], *table[:, rows, turn:turn + 1])
-        return x[to_device(order.argsort(), x.device)]
+            x = blend(x, after[:, turn], contrast[:, turn], saturation[:, turn])
+        return x
 
 
-def blend(x, factor, contrast, saturation):  # with black, its mean grey, or its own grey version
+def blend(x, factor, contrast, saturation):
+    """x mixed with its mean grey (contrast), its own grey version (saturation) or, where both are
+    0, with black (brightness). All but x: [n, 1, 1, 1]. A factor of 1 gives x back."""
     grey = rgb_to_grayscale(x)  # [n, 1, S, S]
     mean = grey.mean((1, 2, 3), keepdim=True)
     return torch.addcmul(mean * contrast, grey, saturation).lerp(x, factor).clamp_(0, 1)
@@ -245,8 +247,9 @@ def shift_hue(x, shift):
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
-class GaussianBlur(Augmentation, name="gaussian_blur", p=0.5):
+class GaussianBlur(Augmentation):
     """σ from 0.1 to 2 pixels. The kernel has 23 pixels, SimCLR's tenth of 224."""
+    name = "gaussian_blur"
 
     def draw(self, n, rng):
         return uniform(rng, 0.1, 2.0, n)
@@ -265,8 +268,9 @@ class GaussianBlur(Augmentation, name="gaussian_blur", p=0.5):
 
 
 # The paper names the next three without parameters; these are ours.
-class RandomCutout(Augmentation, name="random_cutout", p=0.5):
+class RandomCutout(Augmentation):
     """A square of half the side, cut at the border, becomes the mean colour."""
+    name = "random_cutout"
 
     def draw(self, n, rng):
         return uniform(rng, 0, 1, n, 2)  # the centre, as fractions of the sides
@@ -279,7 +283,9 @@ class RandomCutout(Augmentation, name="random_cutout", p=0.5):
         return torch.where(hole[:, None], mean_and_std(x.device)[0], x)
 
 
-class RandomRotation(Augmentation, name="random_rotation", p=0.75):
+class RandomRotation(Augmentation):
+    name, p = "random_rotation", 0.75
+
     def draw(self, n, rng):
         return uniform(rng, 1, 4, n).long()  # quarter turns: 1, 2 or 3
 
@@ -289,8 +295,9 @@ class RandomRotation(Augmentation, name="random_rotation", p=0.75):
         return torch.where(turns % 2 == 1, x.rot90(1, (-2, -1)), x)
 
 
-class GaussianNoise(Augmentation, name="gaussian_noise", p=0.5):
+class GaussianNoise(Augmentation):
     """σ = 0.1. Only a seed is drawn, so that t stays a few numbers for each view."""
+    name = "gaussian_noise"
     sigma = 0.1
 
     def draw(self, n, rng):
@@ -302,6 +309,7 @@ class GaussianNoise(Augmentation, name="gaussian_noise", p=0.5):
         return (x + self.sigma * to_device(torch.stack(noise), x.device)).clamp(0, 1)
 
 
+AUGMENTATIONS = {kind.name: kind() for kind in Augmentation.__subclasses__()}
 DROPPABLE = {"gaussian_blur": ["gaussian_blur"], "color_distortion": ["color_jitter", "grayscale"]}
 
 
@@ -324,10 +332,11 @@ class Views:
         return t
 
     def apply(self, x, t):
-        """x: [n, 3, H, H] in [0, 1], may be overwritten -> t(x): [n, 3, size, size], where H is
-        already the size if t has no crop."""
+        """x: [n, 3, H, H] in [0, 1] -> t(x): [n, 3, size, size]. Without a crop in t, H is size."""
         if "crop" in t:
             x = crop_resize(x, to_device(crop_box(t["crop"], *x.shape[-2:]), x.device), self.size)
+        else:
+            x = x.clone()
         for name in self.names:
             rows = t[name + "?"].nonzero().squeeze(1)  # on the CPU: avoids a GPU sync
             if len(rows):
@@ -492,90 +501,6 @@ def load_data(cfg, device):
     return loaded if len(loaded) == 2 else [*loaded, None]
 
 
-def read_folders(cfg):
-    """[(files, labels, classes)] of the training and, if there are any, the test images."""
-    root, train = cfg.data, cfg.data / "train"
-    train = train if train.is_dir() else root
-    held_out = [root / name for name in ("test", "val") if train != root and (root / name).is_dir()]
-    splits = [read_folder(place) for place in (train, *held_out[:1])]
-    files, labels, classes = splits[0]
-    if held_out and classes != splits[1][2]:
-        odd = min(set(classes) ^ set(splits[1][2]), default="")
-        raise UserError(f"the class {odd} is not in both {train} and {held_out[0]}")
-    if held_out or not classes or cfg.dataset != "folder":
-        return splits
-    tenth = (labels.bincount() / 10).ceil().minimum(labels.bincount() - 1)
-    test = rank_within_class(labels, "held out") < tenth[labels]
-    say(f"no test images: a fixed tenth of each class is held out ({test.sum()} images)")
-    return [(files[chosen], labels[chosen], classes) for chosen in (~test, test)]
-
-
-def read_folder(folder):
-    """(files, labels [N], classes) of folder/<class>/…, all that Pillow reads and is not hidden.
-    Images beside the class folders, or fewer than two of these: no labels, all are −1."""
-    kinds = Image.registered_extensions()
-    readable = tuple(end for end in kinds if kinds[end] in Image.OPEN)
-    names = glob.glob("**", root_dir=folder, recursive=True)  # hidden files are not among them
-    names = sorted(name for name in names if name.lower().endswith(readable))
-    if not names:
-        raise UserError(f"there is no image in {folder}: put class folders into {folder}/train and "
-                        f"{folder}/val, or name another place with --data")
-    top = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
-    classes = sorted(set(top))
-    if len(classes) < 2 or "" in classes:
-        top, classes = [None] * len(names), []
-    label = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([label.get(name, -1) for name in top])
-    return np.array([os.path.join(folder, name) for name in names]), labels, classes
-
-
-def read_all(files, size):
-    """Small images, which fit into memory: uint8 [N, 3, size, size]."""
-    pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    progress = Progress("reading images")
-    for row, file in enumerate(files):
-        image = read_image(file)
-        if image.size != (size, size):
-            raise ImageError(f"{file} is not {size}×{size} pixels: --dataset folder takes any size")
-        pixels[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        progress(row + 1, len(files))
-    return pixels
-
-
-def read_torchvision(dataset, root):
-    """CIFAR-10, CIFAR-100 or STL-10 in torchvision's layout, downloaded if they are not there."""
-    kind, stl = getattr(torchvision.datasets, dataset.upper()), dataset == "stl10"
-    try:
-        if rank() > 0:
-            barrier()  # rank 0 downloads, the others wait
-        parts = [kind(root, split, download=rank() == 0)
-                 for split in (["train+unlabeled", "test"] if stl else [True, False])]
-        if rank() == 0:
-            barrier()
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{dataset} is not in {root} and cannot be downloaded ({error}): put "
-                        f"torchvision's files or class folders train/ and test/ there") from None
-    return [(torch.tensor(part.data if stl else part.data.transpose(0, 3, 1, 2)),
-             torch.tensor(part.labels if stl else part.targets).long(), part.classes)
-            for part in parts]
-
-
-def rank_within_class(labels, *key):
-    """[N]: 0 for the first image of its class in a random order, 1 for the second, and so on."""
-    place, shuffled = torch.empty_like(labels), torch.randperm(len(labels), generator=rng(*key))
-    for label in labels.unique():
-        rows = shuffled[labels[shuffled] == label]
-        place[rows] = torch.arange(len(rows))
-    return place
-
-
-def balanced_subset(labels, n, *key):
-    """Rows of n images, as equal in number per class as possible: a pure function of the key."""
-    if n > len(labels):
-        raise UserError(f"{n} images are more than the {len(labels)} that there are")
-    return rank_within_class(labels, *key).argsort(stable=True)[:n].sort().values
-
-
 # ----------------------------------------- model ------------------------------------------
 class Encoder(nn.Module):
     """f: the backbone, which is evaluated, and the projector, whose output the loss sees."""
@@ -673,10 +598,9 @@ def distribute(encoder, device):
     """The module whose forward pass trains `encoder`; `encoder` still holds the parameters."""
     if world_size() == 1:
         return encoder
-    if device.type == "cpu":  # where nn.SyncBatchNorm does not exist
-        return nn.parallel.DistributedDataParallel(encoder)
-    encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
-    return nn.parallel.DistributedDataParallel(encoder, [device])
+    if device.type == "cuda":  # on CPUs nn.SyncBatchNorm does not exist
+        encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+    return nn.parallel.DistributedDataParallel(encoder)
 
 
 # ----------------------------------------- pretraining ------------------------------------
@@ -802,28 +726,6 @@ def load_checkpoint(path, encoder):
         reason = str(error).strip().split("\n")[-1].strip()
         raise UserError(f"{path} does not fit this network: {reason}") from None
     return state
-
-
-class Progress:
-    """The stage of the work and the time left: on a terminal in one line that rewrites itself,
-    elsewhere in a new line once a minute, and whenever `always` asks for it."""
-
-    def __init__(self, stage, first=0):
-        self.stage, self.first, self.terminal = stage, first, sys.stderr.isatty()
-        self.started = time.perf_counter()
-        self.due = self.started + (1 if self.terminal else 10)
-
-    def __call__(self, done, total, text="", always=False):
-        now = time.perf_counter()
-        if rank() > 0 or not (always or now > self.due or self.terminal and done == total):
-            return
-        left = (now - self.started) / (done - self.first) * (total - done)
-        clock = f"{left:.0f} s" if left < 600 else f"{left // 3600:.0f}:{left // 60 % 60:02.0f} h"
-        line = f"{text or f'{self.stage} {100 * done / total:.0f} %'}  {clock} left"[:79]
-        self.due = now + (0.2 if self.terminal else 60)
-        end = "\r" if done < total else "\r" + " " * 79 + "\r"  # the end wipes it
-        print(f"{line:79}" if self.terminal else line, end=end if self.terminal else "\n",
-              file=sys.stderr, flush=True)
 
 
 # ----------------------------------------- evaluation -------------------------------------
@@ -1124,6 +1026,90 @@ EVALUATIONS = {"knn": knn, "linear": linear, "bias": bias, "bounds": bounds}
 
 
 # ----------------------------------------- more data --------------------------------------
+def read_folders(cfg):
+    """[(files, labels, classes)] of the training and, if there are any, the test images."""
+    root, train = cfg.data, cfg.data / "train"
+    train = train if train.is_dir() else root
+    held_out = [root / name for name in ("test", "val") if train != root and (root / name).is_dir()]
+    splits = [read_folder(place) for place in (train, *held_out[:1])]
+    files, labels, classes = splits[0]
+    if held_out and classes != splits[1][2]:
+        odd = min(set(classes) ^ set(splits[1][2]), default="")
+        raise UserError(f"the class {odd} is not in both {train} and {held_out[0]}")
+    if held_out or not classes or cfg.dataset != "folder":
+        return splits
+    tenth = (labels.bincount() / 10).ceil().minimum(labels.bincount() - 1)
+    test = rank_within_class(labels, "held out") < tenth[labels]
+    say(f"no test images: a fixed tenth of each class is held out ({test.sum()} images)")
+    return [(files[chosen], labels[chosen], classes) for chosen in (~test, test)]
+
+
+def read_folder(folder):
+    """(files, labels [N], classes) of folder/<class>/…, all that Pillow reads and is not hidden.
+    Images beside the class folders, or fewer than two of these: no labels, all are −1."""
+    kinds = Image.registered_extensions()
+    readable = tuple(end for end in kinds if kinds[end] in Image.OPEN)
+    names = glob.glob("**", root_dir=folder, recursive=True)  # hidden files are not among them
+    names = sorted(name for name in names if name.lower().endswith(readable))
+    if not names:
+        raise UserError(f"there is no image in {folder}: put class folders into {folder}/train and "
+                        f"{folder}/val, or name another place with --data")
+    top = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
+    classes = sorted(set(top))
+    if len(classes) < 2 or "" in classes:
+        top, classes = [None] * len(names), []
+    label = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([label.get(name, -1) for name in top])
+    return np.array([os.path.join(folder, name) for name in names]), labels, classes
+
+
+def read_all(files, size):
+    """Small images, which fit into memory: uint8 [N, 3, size, size]."""
+    pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    progress = Progress("reading images")
+    for row, file in enumerate(files):
+        image = read_image(file)
+        if image.size != (size, size):
+            raise ImageError(f"{file} is not {size}×{size} pixels: --dataset folder takes any size")
+        pixels[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        progress(row + 1, len(files))
+    return pixels
+
+
+def read_torchvision(dataset, root):
+    """CIFAR-10, CIFAR-100 or STL-10 in torchvision's layout, downloaded if they are not there."""
+    kind, stl = getattr(torchvision.datasets, dataset.upper()), dataset == "stl10"
+    try:
+        if rank() > 0:
+            barrier()  # rank 0 downloads, the others wait
+        parts = [kind(root, split, download=rank() == 0)
+                 for split in (["train+unlabeled", "test"] if stl else [True, False])]
+        if rank() == 0:
+            barrier()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{dataset} is not in {root} and cannot be downloaded ({error}): put "
+                        f"torchvision's files or class folders train/ and test/ there") from None
+    return [(torch.tensor(part.data if stl else part.data.transpose(0, 3, 1, 2)),
+             torch.tensor(part.labels if stl else part.targets).long(), part.classes)
+            for part in parts]
+
+
+def rank_within_class(labels, *key):
+    """[N]: 0 for the first image of its class in a random order, 1 for the second, and so on."""
+    place, shuffled = torch.empty_like(labels), torch.randperm(len(labels), generator=rng(*key))
+    for label in labels.unique():
+        rows = shuffled[labels[shuffled] == label]
+        place[rows] = torch.arange(len(rows))
+    return place
+
+
+def balanced_subset(labels, n, *key):
+    """Rows of n images, as equal in number per class as possible: a pure function of the key."""
+    if n > len(labels):
+        raise UserError(f"{n} images are more than the {len(labels)} that there are")
+    return rank_within_class(labels, *key).argsort(stable=True)[:n].sort().values
+
+
 def training_subset(cfg, images, labels):
     """Rows that --subset-file, --subset and --limit keep (A.3.4)."""
     if cfg.subset_file:  # lines <class>/<file>, after any folders and before any label
@@ -1208,6 +1194,28 @@ def draw_patterns(n, split):
 
 
 # ----------------------------------------- output -----------------------------------------
+class Progress:
+    """The stage of the work and the time left: on a terminal in one line that rewrites itself,
+    elsewhere in a new line once a minute, and whenever `always` asks for it."""
+
+    def __init__(self, stage, first=0):
+        self.stage, self.first, self.terminal = stage, first, sys.stderr.isatty()
+        self.started = time.perf_counter()
+        self.due = self.started + (1 if self.terminal else 10)
+
+    def __call__(self, done, total, text="", always=False):
+        now = time.perf_counter()
+        if rank() > 0 or not (always or now > self.due or self.terminal and done == total):
+            return
+        left = (now - self.started) / (done - self.first) * (total - done)
+        clock = f"{left:.0f} s" if left < 600 else f"{left // 3600:.0f}:{left // 60 % 60:02.0f} h"
+        line = f"{text or f'{self.stage} {100 * done / total:.0f} %'}  {clock} left"[:79]
+        self.due = now + (0.2 if self.terminal else 60)
+        end = "\r" if done < total else "\r" + " " * 79 + "\r"  # the end wipes it
+        print(f"{line:79}" if self.terminal else line, end=end if self.terminal else "\n",
+              file=sys.stderr, flush=True)
+
+
 def tiles_of(data, rows, views=None, n=1, side=64):
     """The images of these rows, or n views of each, view by view: [.., 3, side, side] in [0, 1]."""
     order = [(0, rows.repeat_interleave(world_size()))]  # dealt out in turn: all rows to each rank
