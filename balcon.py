@@ -72,8 +72,8 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
 
     Under torch.distributed the anchors are this rank's and the negatives come from all ranks, of
     the same m each; DDP's averaged gradient is that of one process with the whole batch.
-    Gradients are 1/α of those of the usual NT-Xent with temperature 1/α, as in the paper:
-    multiply a learning rate from the SimCLR literature by α, and divide its weight decay by α.
+    Gradients are 1/α of those of NT-Xent as usually written, with temperature 1/α: multiply a
+    learning rate from the SimCLR literature by α, and divide its weight decay by α.
 
     Raises ValueError for other shapes or similarities, α ≤ 0, λ < 0, or a batch of one image.
     """
@@ -83,10 +83,9 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
         raise ValueError(f"similarity must be cosine, dot or euclidean, not {similarity!r}")
     if not (0 < alpha < math.inf and 0 <= lam < math.inf):
         raise ValueError(f"alpha must be positive and lam at least 0, not {alpha} and {lam}")
-    distributed = dist.is_available() and dist.is_initialized()
-    world = dist.get_world_size() if distributed else 1
-    rank = dist.get_rank() if distributed else 0
-    m = len(z1)
+    m, rank, world = len(z1), 0, 1
+    if dist.is_available() and dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
     if m * world < 2:
         raise ValueError("one image has no negatives: the batch must hold at least two")
 
@@ -102,7 +101,7 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
         dist.all_gather(parts, x.detach())
         parts[rank] = x
         everything = torch.cat(parts)
-        if everything.requires_grad:
+        if x.requires_grad:
             # The other ranks' losses depend on my rows too, so their gradients are summed.
             everything.register_hook(sum_over_ranks)
         return everything
@@ -120,7 +119,7 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
             s = 2 * s - z.square().sum(1, keepdim=True) - candidates.square().sum(1)
             positive = -(z1 - z2).square().sum(1).repeat(2)
 
-        # An anchor repels every candidate outside its own group.
+        # An anchor repels every candidate outside its own group: other images, views or classes.
         group = rank * m + torch.arange(m, device=z.device).repeat(2)  # the image that a view shows
         if repel_positive:
             group = 2 * rank * m + torch.arange(2 * m, device=z.device)  # the view itself
@@ -1228,8 +1227,7 @@ def tiles_of(data, rows, views=None, n=1, side=64):
 
 def save_picture(tiles, columns, path):
     if rank() == 0:
-        grid = torchvision.utils.make_grid(tiles, columns, padding=2, pad_value=1.0)
-        torchvision.utils.save_image(grid, path)
+        torchvision.utils.save_image(tiles, path, nrow=columns, pad_value=1.0)
 
 
 def draw_views(data, cfg):
@@ -1294,46 +1292,44 @@ MEANINGS = {  # the figures that are printed; results.json has more
 
 
 def read_figures(folder):
-    """{stage: {meaning: value}} of the run in this folder: what is printed of its results.json."""
-    stages, path = {}, folder / "results.json"
-    for stage, found in json.loads(path.read_text()).items() if path.exists() else ():
-        if stage in ("untrained", "trained"):
-            values = {name: value for figures in found.values() for name, value in figures.items()
-                      if value is not None}
-            knn = [name for name in values if name.startswith("knn")]
-            meanings = {name: f"kNN, k = {name[3:]}, % right (cosine, majority)" for name in knn}
-            meanings |= {name: text for name, text in MEANINGS.items() if name in values}
-            stages[stage] = {text: values[name] for name, text in meanings.items()}
+    """{stage: {name: value}} of the run in this folder: what is printed of its results.json."""
+    path, stages = folder / "results.json", {}
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for stage in ("untrained", "trained"):
+        for figures in results.get(stage, {}).values():
+            known = {name: value for name, value in figures.items() if value is not None
+                     and (name in MEANINGS or name.startswith("knn"))}
+            stages[stage] = stages.get(stage, {}) | known
     return stages
 
 
 def markdown(rows):
     """Print a table; rows[0] is its head."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     for row in [rows[0], ["-" * width for width in widths], *rows[1:]]:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
 
 
-def report(places):
-    """Print one table of the runs below these directories: the settings that differ, then figures
-    of the last backbone, as mean ± standard deviation over seeds."""
+def report(folders):
+    """Print one table of the runs below these folders: the settings that differ, then figures of
+    the last backbone, as mean ± standard deviation over the runs that differ in their seed only."""
     groups, names = {}, {}
-    for log in sorted(log for place in places for log in Path(place).rglob("log.jsonl")):
+    for log in sorted(sum((list(Path(place).rglob("log.jsonl")) for place in folders), [])):
         config, stages = json.loads(open(log).readline())["config"], read_figures(log.parent)
         figures = stages.get("trained" if config["epochs"] else "untrained", {})
-        seed = config.pop("seed")
-        groups.setdefault(json.dumps(config), {})[seed] = figures
+        config.pop("seed")
+        groups.setdefault(json.dumps(config), []).append(figures)
         names |= figures
     if not groups:
-        raise UserError(f"--report: there is no run in {' '.join(places)}")
+        raise UserError(f"--report: there is no run in {' '.join(map(str, folders))}")
     configs = [json.loads(text) for text in groups]
     differ = [key for key in configs[0] if any(c.get(key) != configs[0][key] for c in configs)]
-    rows = [[*differ, "finished seeds", *names]]
+    rows = [[*differ, "finished runs", *names]]
     for config, runs in zip(configs, groups.values()):
         row = [str(config.get(key)) for key in differ]
-        row.append(f"{sum(map(bool, runs.values()))} of {len(runs)}")
+        row.append(f"{sum(map(bool, runs))} of {len(runs)}")
         for name in names:
-            values = [figures[name] for figures in runs.values() if name in figures]
+            values = [figures[name] for figures in runs if name in figures]
             spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
             row.append(f"{np.mean(values):.4g}{spread}" if values else "–")
         rows.append(row)
@@ -1390,7 +1386,6 @@ FLAGS = {
     "save_every": (0, "keep a checkpoint of every Nth epoch (Fig. 6); 0: only the last"),
     "save_minutes": (10.0, "save within long epochs, too"),
     "workers": (8, "processes of each rank that read files, at most one a core"),
-    "report": ([], "compare the runs in these directories, and do nothing else"),
 }
 IDENTITY = ["dataset", *list(FLAGS)[:list(FLAGS).index("out")]]
 RECIPES = {  # what differs from the above
@@ -1439,6 +1434,8 @@ def parse_flags(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=EXAMPLES,
                                      add_help=False, allow_abbrev=False, formatter_class=Help)
     parser.error = refuse
+    parser.add_argument("--report", nargs="+", type=Path, metavar="DIR",
+                        help="compare the runs in these directories, and do nothing else")
     parser.add_argument("--dataset", choices=RECIPES, help="selects the recipe")
     for name, (default, meaning, *choices) in FLAGS.items():
         kind = default if isinstance(default, type) else type(default)
@@ -1460,7 +1457,7 @@ def parse_flags(argv=None):
     cfg = parser.parse_args(argv, SimpleNamespace())
 
     cfg.data = Path(cfg.data)
-    dropped = [part for name in cfg.drop for part in DROPPABLE[name]]
+    dropped = sum((DROPPABLE[name] for name in cfg.drop), [])
     cfg.parts = [part for part in cfg.augmentations if part not in dropped] + cfg.add
     cfg.workers = min(cfg.workers, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     cfg.out = cfg.out or Path("runs", "_".join([cfg.dataset, *changes(cfg)]))
@@ -1502,6 +1499,9 @@ def check(cfg):
         refuse("--crop-scale takes two shares between 0 and 1, the smaller first")
     if len(set(cfg.parts)) < len(cfg.parts):
         refuse(f"--add {' '.join(cfg.add)}: the recipe has that already")
+    for name in cfg.drop:
+        if not set(DROPPABLE[name]) & set(cfg.augmentations):
+            refuse(f"--drop {name}: the recipe has none")
     if cfg.theory_views % 2:
         refuse(f"--theory-views {cfg.theory_views} must be even")
     config = json.loads(open(log).readline())["config"] if log.exists() else public(cfg)
@@ -1591,9 +1591,9 @@ def start_log(cfg, parts, train, encoder):
     say(f"{cfg.dataset}, {len(train)} training and {tests} test images -> {cfg.out}")
     say(f"{cfg.backbone}, {weights:.1f} million weights; {train.device}, {cfg.precision}, "
         f"processes: {world_size()}")
-    say(f"{cfg.loss} loss, alpha {cfg.alpha:g}, lambda {cfg.lam:g}; batch {cfg.batch_size}, lr "
-        f"{cfg.lr:g}, seed {cfg.seed}")
-    say(f"evaluating {cfg.checkpoint}" if cfg.checkpoint else f"{cfg.epochs} epochs")
+    say(f"evaluating {cfg.checkpoint}" if cfg.checkpoint else
+        f"{cfg.loss} loss, alpha {cfg.alpha:g}, lambda {cfg.lam:g}; {cfg.epochs} epochs, batch "
+        f"{cfg.batch_size}, lr {cfg.lr:g}, seed {cfg.seed}")
     if cfg.subset != "full":
         say(f"training images of each class: {train.labels.bincount().tolist()}")
     if rank() > 0 or (cfg.out / "log.jsonl").exists():
@@ -1610,21 +1610,23 @@ def start_log(cfg, parts, train, encoder):
 
 def conclude(cfg):
     """Print the table and where the files are. The demonstration fails if it did not learn."""
-    stages = read_figures(cfg.out)
-    names = list(dict.fromkeys(name for figures in stages.values() for name in figures))
+    stages, names = read_figures(cfg.out), {}
+    for figures in stages.values():
+        names |= figures
     rows = [["top-1 on test images, theory on training images", *stages]]
     for name in names:
+        meaning = MEANINGS.get(name, f"kNN, k = {name[3:]}, % right (cosine, majority)")
         values = [figures.get(name) for figures in stages.values()]
-        rows.append([name, *("–" if value is None else f"{value:.4g}" for value in values)])
+        rows.append([meaning, *("–" if value is None else f"{value:.4g}" for value in values)])
     if names:
         markdown(rows)
     say(f"{cfg.out} holds {' '.join(sorted(path.name for path in cfg.out.iterdir()))}")
     if not cfg.checkpoint and cfg.epochs:
         say(f"next: python balcon.py --checkpoint {cfg.out / 'last.pt'} --export features.npz")
     others = [change for change in changes(cfg) if not change.startswith("seed")]
-    if cfg.dataset != "patterns" or others or len(stages) < 2 or "kNN" not in "".join(names):
+    if cfg.dataset != "patterns" or others or len(stages) < 2 or "knn5" not in names:
         return 0
-    before, after = (100 - stages[stage][names[0]] for stage in ("untrained", "trained"))
+    before, after = 100 - stages["untrained"]["knn5"], 100 - stages["trained"]["knn5"]
     learned = after < before / 4
     print(f"kNN error: {after:.1f} % trained, {before:.1f} % untrained: "
           + ("it learned." if learned else "FAILED, it should be less than a quarter."))

@@ -988,8 +988,8 @@ def test_report_pools_seeds_and_nothing_else(tmp_path, capsys):
     balcon.report([str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     head, _, *rows = [line.strip("| ").replace(" ", "").split("|") for line in lines]
-    assert sorted(head[:4]) == ["alpha", "data", "epochs", "lr"] and head[4] == "finishedseeds"
-    assert "k=5" in head[5] and "linear" in head[6]
+    assert sorted(head[:4]) == ["alpha", "data", "epochs", "lr"] and head[4] == "finishedruns"
+    assert head[5:] == ["knn5", "linear"]
     assert sorted(row[4:] for row in rows) == [
         ["0of1", "–", "–"], ["1of1", "20", "–"], ["1of1", "30", "50"], ["1of1", "70", "50"],
         ["3of4", "93±3.6", "50±0"]]
