@@ -1594,6 +1594,9 @@ def start_log(cfg, parts, train, encoder):
     say(f"evaluating {cfg.checkpoint}" if cfg.checkpoint else
         f"{cfg.loss} loss, alpha {cfg.alpha:g}, lambda {cfg.lam:g}; {cfg.epochs} epochs, batch "
         f"{cfg.batch_size}, lr {cfg.lr:g}, seed {cfg.seed}")
+    bf16 = [name for name, has in torch.cpu.get_capabilities().items() if has and "bf16" in name]
+    if cfg.precision == "bfloat16" and train.device.type == "cpu" and not bf16:
+        say("warning: this CPU has no bfloat16 arithmetic, so float32 would be faster")
     if cfg.subset != "full":
         say(f"training images of each class: {train.labels.bincount().tolist()}")
     if rank() > 0 or (cfg.out / "log.jsonl").exists():

@@ -135,14 +135,18 @@ def mean_over_batches(instrument, z, labels, cfg):
 
 
 def measure(checkpoint, *argv):
-    """Prints one JSON object: the instruments named before the first flag, on a checkpoint."""
+    """Prints one JSON object: the instruments named before the first flag, on a checkpoint, or on
+    the "untrained" network of these flags."""
     flags = list(itertools.dropwhile(lambda word: not word.startswith("--"), argv))
     wanted = argv[:len(argv) - len(flags)]
-    cfg = balcon.parse_flags(["--checkpoint", checkpoint, *flags])
+    if checkpoint != "untrained":
+        flags = ["--checkpoint", checkpoint, *flags]
+    cfg = balcon.parse_flags(flags)
     device = balcon.start_processes()
     train, test = balcon.load_data(cfg, device)
     encoder = balcon.build_encoder(cfg, device)
-    balcon.load_checkpoint(cfg.checkpoint, encoder)
+    if cfg.checkpoint:
+        balcon.load_checkpoint(cfg.checkpoint, encoder)
     data, labels = balcon.theory_images(train.select((train.labels >= 0).nonzero()[:, 0]), cfg)
     result = {"images": len(data), "alpha": cfg.alpha, "lam": cfg.lam, "seed": cfg.seed}
     with torch.no_grad():
@@ -175,6 +179,15 @@ def nscl_by_classes(z, labels, cfg):
         kept = place < n
         found[n] = mean_over_batches(nscl, z[kept], place[kept], cfg)
     return found
+
+
+def pixels(*flags):
+    """Prints the accuracies of raw pixels: the control that needs no network."""
+    cfg = balcon.parse_flags([*flags, "--probe", "features"])
+    train, test = balcon.load_data(cfg, torch.device("cpu"))
+    features = [(data.images.flatten(1).float() / 255, data.labels) for data in (train, test)]
+    print(json.dumps({**balcon.knn(None, train, test, features, cfg),
+                      **balcon.linear(None, train, test, features, cfg)}))
 
 
 # ------------------------------------------ runs that are no recipe ---------------------------
