@@ -829,9 +829,10 @@ class LARS(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                ratio = torch.ones(()).to(p)
-                if p.dim() > 1 and p.any():
+                ratio = 1.0
+                if p.dim() > 1:
                     ratio = group["trust"] * p.norm() / p.grad.norm().clamp(min=1e-12)
+                    ratio = ratio.where(p.norm() > 0, 1.0)
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 p.sub_(group["lr"] * buffer.mul_(group["momentum"]).add_(ratio * p.grad))
 
