@@ -53,10 +53,11 @@ def read(line, presets):
         unit = run["bias"]["projection"]
         run.update(eq51=unit[0], eq51_se=unit[1], eq16=unit[2], relative=unit[5])
         run["relative_features"] = run["bias"]["features"][5]
-    if "nu" in run:
+    if "same_class" in run:
         own = run["same_class"][PAPER["axis"].index(run["alpha"])]
-        run.update(lam_nu=run["lam"] * run["nu"], lam_share=run["lam"] * own, own_share=own,
-                   over_chance=own / run["by_chance"])
+        run.update(lam_share=run["lam"] * own, own_share=own, over_chance=own / run["by_chance"])
+    if "nu" in run:
+        run["lam_nu"] = run["lam"] * run["nu"]
     return run
 
 

@@ -92,7 +92,7 @@ RUN_TABLES = {
         "": "method", "angle: mean, °": "angle/0", "95 %, °": "angle/1",
         "Assumption 4.3 violated, %": "violated", "ν": "nu", "λν": "lam_nu",
         "B < 0, %": "b_negative", "gap of Eq. 8": "gaps/0", "gap of Eq. 10": "gaps/1"}),
-    "false-negatives": (FOUR, {
+    "false-negatives": (FOUR + " untrained-pairs", {
         "": "method", "share at α = 1": "same_class/0", "α = 2": "same_class/1",
         "α = 4": "same_class/2", "α = 8": "same_class/3", "own α: share / chance": "over_chance",
         "λ × share": "lam_share", "positive's share at α = 1": "ntxent_positive/0",
@@ -103,15 +103,6 @@ RUN_TABLES = {
     "limit": ("", {"": "method", "runs": "runs", "kNN, k = 1": "knn1", "kNN, k = 10": "knn10",
                    "linear": "linear", "views": "views"}),
     "speed": ("", {"": "label", "ratio": "ratio", "commit": "git"}),
-}
-# {table: (run, field that holds rows, which of them, heads, digits)}
-LIST_TABLES = {
-    "bounds": ("long-balanced", "bounds", (0, 1, 4, 7, 10), [
-        "epoch", "gap of Eq. 8", "gap of Eq. 10", "mean ν", "B", "Eq. 8 violated, %"],
-        (0, 3, 2, 3, 3, 2)),
-    "nscl": ("c100", "nscl", range(6), ["classes", *(
-        f"{what}, α = {alpha}" for alpha in (1, 2, 4, 8) for what in ("gap", "bound"))],
-        (0, *(4, 3) * 4)),
 }
 
 
@@ -124,10 +115,24 @@ def run_rows(name):
     return [list(columns), *([show(runs, field) for field in columns.values()] for runs in groups)]
 
 
-def list_rows(name):
-    row, field, kept, heads, digits = LIST_TABLES[name]
-    lines = [select(row=row)[0][field][i] for i in kept]
-    return [heads, *([number(x, n) for x, n in zip(line, digits)] for line in lines)]
+def bounds_rows():
+    rows = [["epoch", "gap of Eq. 8", "gap of Eq. 10", "mean ν", "B", "Eq. 8 violated, %"]]
+    measured = select(row="long-balanced")[0]["bounds"]
+    for place in (0, 1, 4, 7, 10):
+        rows.append([number(x, n) for x, n in zip(measured[place], (0, 3, 2, 3, 3, 2))])
+    return rows
+
+
+def nscl_rows():
+    """Gap and bound at each α, and the gap of an untrained network between them."""
+    rows = [["classes", *(f"{what}, α = {alpha}" for alpha in (1, 2, 4, 8)
+                          for what in ("gap", "untrained", "bound"))]]
+    networks = [select(row=row)[0]["nscl"] for row in ("c100", "c100-untrained")]
+    for (classes, *trained), (_, *untrained) in zip(*networks):
+        figures = zip(trained[::2], untrained[::2], trained[1::2])
+        rows.append([str(classes), *(number(x, n) for three in figures
+                                     for x, n in zip(three, (4, 4, 3)))])
+    return rows
 
 
 def seed_pairs():
@@ -187,7 +192,8 @@ def model_rows():
     return rows
 
 
-SPECIAL = {"noise": noise_rows, "rates": rate_rows, "product": product_rows, "models": model_rows}
+SPECIAL = {"noise": noise_rows, "rates": rate_rows, "product": product_rows, "models": model_rows,
+           "bounds": bounds_rows, "nscl": nscl_rows}
 
 
 # ------------------------------------------ figures in sentences ---------------------------
@@ -279,9 +285,14 @@ def derived():
     for name, seed in (("c100-", 0), ("c100-", 1), ("c100-untrained-", 0)):
         gap = linear(f"{name}uni", seed) - linear(f"{name}lt", seed)
         found[f"gap/{name}s{seed}"] = number(gap)
-    gaps = np.array(select(row="c100")[0]["nscl"])[:, 1:]  # gap, bound, gap, bound, … by α
-    ratios = gaps[:, 1::2] / gaps[:, ::2]
-    found["nscl/low"], found["nscl/high"] = number(ratios.min(), 0), number(ratios.max(), 0)
+    # Figures: gap, bound, gap, bound, … by α
+    gaps, control = (np.array(select(row=row)[0]["nscl"])[:, 1:] for row in
+                     ("c100", "c100-untrained"))
+    for name, ratios in {"nscl": gaps[:, 1::2] / gaps[:, ::2],
+                         "nscl-control": control[:, ::2] / gaps[:, ::2]}.items():
+        digits = 0 if name == "nscl" else 2
+        found[f"{name}/low"] = number(ratios.min(), digits)
+        found[f"{name}/high"] = number(ratios.max(), digits)
     gaps = select(row="long-balanced")[0]["bounds"]
     found["bounds/growth"] = number(gaps[-1][1] / gaps[0][1], 1)
     return found
@@ -302,7 +313,7 @@ def table(match):
     if name in SPECIAL:
         rows = SPECIAL[name]()
     else:
-        rows = run_rows(name) if name in RUN_TABLES else list_rows(name)
+        rows = run_rows(name)
     return match[1] + markdown(rows) + match[3]
 
 
