@@ -16,14 +16,14 @@ Letters, as in the paper:
     α       sharpness of the softmax over negatives, the inverse of the temperature τ
     λ       weight of repelling negatives against attracting the positive
     t ~ T   one augmentation, drawn from the distribution of augmentations
-    ν       length of the shortest class prototype, the mean projection of a class
+    ν       length of the shortest prototype (mean projection) of another class
 
 Map, in the order in which data flows:
     losses        Eq. 17, generalized NT-Xent, NSCL, the minimum of Eq. 17
     views         augmentations, whose parameters are drawn first and applied later
     data          images in memory or on disk
     model         a ResNet of torchvision and the projector
-    distributed   communication: N processes compute what one would
+    distributed   communication: N processes share each batch
     pretraining   SGD, checkpoints, resuming
     evaluation    nearest neighbours, linear classifier
     theory        prototype representation bias, the bounds of Theorems 4.4 and 4.6
@@ -46,7 +46,6 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -101,8 +100,7 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
         dist.all_gather(parts, x.detach())
         parts[rank] = x
         everything = torch.cat(parts)
-        if x.requires_grad:
-            # The other ranks' losses depend on my rows too, so their gradients are summed.
+        if x.requires_grad:  # other ranks' losses depend on my rows, too: sum their gradients
             everything.register_hook(sum_over_ranks)
         return everything
 
@@ -144,8 +142,7 @@ def generalized_nt_xent_loss(z1, z2, alpha, lam, similarity="cosine"):
 def nscl_loss(z1, z2, labels, alpha, lam, similarity="cosine"):
     """Negatives-only supervised loss (arXiv 2506.04411): Eq. 17, repelling only other classes.
 
-    labels: [m] integers. All else as in `balanced_contrastive_loss`; also raises ValueError if the
-    whole batch is of one class.
+    labels: [m] integers, not all equal. All else as in `balanced_contrastive_loss`.
     """
     return balanced_contrastive_loss(z1, z2, alpha, lam, similarity, labels=labels)
 
@@ -172,12 +169,8 @@ LOSSES = {"balanced": balanced_contrastive_loss, "ntxent": generalized_nt_xent_l
 class Augmentation:
     p = 0.5  # probability that it is applied to an image
 
-    def draw(self, n, rng):
+    def draw(self, n, generator):
         return torch.empty(n, 0)  # no parameters
-
-
-def uniform(rng, low, high, *shape):
-    return low + (high - low) * torch.rand(*shape, generator=rng)
 
 
 class Flip(Augmentation):
@@ -199,10 +192,10 @@ class ColorJitter(Augmentation):
     name, p = "color_jitter", 0.8
     strength, hue = 0.4, 0.1
 
-    def draw(self, n, rng):
-        factor = 1 + self.strength * uniform(rng, -1, 1, n, 3)  # brightness, contrast, saturation
-        shift = self.hue * uniform(rng, -1, 1, n, 1)
-        kind = uniform(rng, 0, 1, n, 4).argsort(1)  # what comes at each turn; 3 is hue
+    def draw(self, n, generator):
+        factor = 1 + torch.empty(n, 3).uniform_(-self.strength, self.strength, generator=generator)
+        shift = torch.empty(n, 1).uniform_(-self.hue, self.hue, generator=generator)
+        kind = torch.rand(n, 4, generator=generator).argsort(1)  # what comes at each turn; 3 is hue
         return torch.cat([factor, shift, kind], 1)  # [n, 8]
 
     def apply(self, x, t):
@@ -250,8 +243,8 @@ class GaussianBlur(Augmentation):
     """σ from 0.1 to 2 pixels. The kernel has 23 pixels, SimCLR's tenth of 224."""
     name = "gaussian_blur"
 
-    def draw(self, n, rng):
-        return uniform(rng, 0.1, 2.0, n)
+    def draw(self, n, generator):
+        return torch.empty(n).uniform_(0.1, 2.0, generator=generator)
 
     def apply(self, x, sigma):
         # One matrix for each image blurs along both axes. It reflects the image at its borders.
@@ -271,8 +264,8 @@ class RandomCutout(Augmentation):
     """A square of half the side, cut at the border, becomes the mean colour."""
     name = "random_cutout"
 
-    def draw(self, n, rng):
-        return uniform(rng, 0, 1, n, 2)  # the centre, as fractions of the sides
+    def draw(self, n, generator):
+        return torch.rand(n, 2, generator=generator)  # the centre, as fractions of the sides
 
     def apply(self, x, centre):
         size, centre = x.shape[-1], to_device(centre, x.device)
@@ -285,8 +278,8 @@ class RandomCutout(Augmentation):
 class RandomRotation(Augmentation):
     name, p = "random_rotation", 0.75
 
-    def draw(self, n, rng):
-        return uniform(rng, 1, 4, n).long()  # quarter turns: 1, 2 or 3
+    def draw(self, n, generator):
+        return torch.randint(1, 4, [n], generator=generator)  # quarter turns
 
     def apply(self, x, turns):
         turns = to_device(turns, x.device)[:, None, None, None]
@@ -299,8 +292,8 @@ class GaussianNoise(Augmentation):
     name = "gaussian_noise"
     sigma = 0.1
 
-    def draw(self, n, rng):
-        return torch.randint(2 ** 31, (n,), generator=rng)
+    def draw(self, n, generator):
+        return torch.randint(2 ** 31, (n,), generator=generator)
 
     def apply(self, x, seeds):  # the noise of a seed is the same on every device
         noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(seed))
@@ -318,24 +311,24 @@ class Views:
     def __init__(self, names, size, crop_scale):
         self.names, self.size, self.crop_scale = names, size, crop_scale
 
-    def draw(self, n, rng):
+    def draw(self, n, generator):
         """t₁ … tₙ ~ T: {name: [n, ...]}, on the CPU."""
-        area = uniform(rng, *self.crop_scale, n, 10, 1)  # ten candidates: see crop_box
-        shape = uniform(rng, math.log(3 / 4), math.log(4 / 3), n, 10, 1).exp()  # width / height
-        corner = uniform(rng, 0, 1, n, 10, 2)  # top left, as fractions of the room there is
+        # Ten candidates for the crop: see crop_box.
+        area = torch.empty(n, 10, 1).uniform_(*self.crop_scale, generator=generator)
+        shape = torch.empty(n, 10, 1).uniform_(math.log(3 / 4), math.log(4 / 3),
+                                               generator=generator).exp()  # width / height
+        corner = torch.rand(n, 10, 2, generator=generator)  # top left, shares of the room there is
         t = {"crop": torch.cat([area, shape, corner], 2)}
         for name in self.names:
             augmentation = AUGMENTATIONS[name]
-            t[name + "?"] = uniform(rng, 0, 1, n) < augmentation.p
-            t[name] = augmentation.draw(n, rng)
+            t[name + "?"] = torch.rand(n, generator=generator) < augmentation.p
+            t[name] = augmentation.draw(n, generator)
         return t
 
     def apply(self, x, t):
         """x: [n, 3, H, H] in [0, 1] -> t(x): [n, 3, size, size]. Without a crop in t, H is size."""
         if "crop" in t:
             x = crop_resize(x, to_device(crop_box(t["crop"], *x.shape[-2:]), x.device), self.size)
-        else:
-            x = x.clone()
         for name in self.names:
             rows = t[name + "?"].nonzero().squeeze(1)  # on the CPU: avoids a GPU sync
             if len(rows):
@@ -419,38 +412,36 @@ class Images(torch.utils.data.Dataset):
         return len(self.labels)
 
     def select(self, rows):
-        images = self.images[rows.to(self.device) if self.in_memory else rows.numpy()]
-        return Images(images, self.labels[rows], self.classes, self.cfg, self.device)
+        images, labels = self.images[rows.numpy()], self.labels[rows]
+        return Images(images, labels, self.classes, self.cfg, self.device)
 
     def batches(self, order, views=None, n=1, key=()):
-        """For each (step, rows) of `order` yields step, x [n·b, 3, S, S] normalised, labels [b] of
-        this rank's share of the rows: n views of each image, view by view, or the plain images if
-        views is None. What is seen depends only on key, step and row, not on the ranks.
+        """For each (step, rows) of `order` yields step, x [n·b, 3, S, S] normalised: of this rank's
+        share of the rows n views of each image, view by view, or the plain images if views is None.
+        What is seen depends only on key, step and rows, not on the number of ranks.
         """
         def requests():
             for step, rows in order:
-                t, mine = {}, share(len(rows))
-                if views:
-                    for name, drawn in views.draw(n * len(rows), rng(*key, step)).items():
-                        t[name] = drawn.unflatten(0, (n, -1))[:, mine].flatten(0, 1)
+                mine = share(len(rows))
+                t = views.draw(n * len(rows), rng(*key, step)) if views else {}
+                t = {name: p.unflatten(0, (n, -1))[:, mine].flatten(0, 1) for name, p in t.items()}
                 yield step, rows[mine], n, t
 
         read = map(self.__getitem__, requests())
         if not self.in_memory:  # worker processes; a request is a whole batch
             read = torch.utils.data.DataLoader(self, batch_size=None, sampler=requests(),
                                                num_workers=self.cfg.workers)
-        for step, rows, x, t in read:
+        for step, x, t in read:
             x = to_device(x, self.device).float() / 255
             x = views.apply(x, t) if views else x
             mean, std = mean_and_std(self.device)
-            x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
-            yield step, x, to_device(self.labels[rows], self.device)
+            yield step, ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
     def __getitem__(self, request):
-        """step, rows [b], n, t -> step, rows, x uint8 [n·b, 3, S, S], what is left of t."""
+        """step, rows [b], n, t -> step, x uint8 [n·b, 3, S, S], what is left of t."""
         step, rows, n, t = request
         if self.in_memory:
-            return step, rows, self.images[to_device(rows, self.device)].repeat(n, 1, 1, 1), t
+            return step, self.images[to_device(rows, self.device)].repeat(n, 1, 1, 1), t
         size, crops = self.cfg.size, []
         for i, file in enumerate(self.images[rows.numpy()]):
             image = read_image(file)
@@ -463,8 +454,8 @@ class Images(torch.utils.data.Dataset):
                 crop = crop.resize((size, size), Image.Resampling.BILINEAR)  # antialiased
                 crops.append(torch.from_numpy(np.array(crop)))
         x = torch.stack(crops).unflatten(0, (len(rows), n)).transpose(0, 1).flatten(0, 1)
-        t = {name: value for name, value in t.items() if name != "crop"}
-        return step, rows, x.permute(0, 3, 1, 2), t
+        t.pop("crop", None)
+        return step, x.permute(0, 3, 1, 2), t
 
 
 def read_image(file):
@@ -489,15 +480,14 @@ def load_data(cfg, device):
         splits = read_folders(cfg)
     else:
         splits = read_torchvision(cfg.dataset, cfg.data)
-    loaded = []
-    for images, labels, classes in splits:
-        if not loaded and (cfg.limit or cfg.subset_file or cfg.subset != "full"):
-            keep = training_subset(cfg, images, labels)
-            images, labels = images[keep], labels[keep]
-        if not on_disk and not torch.is_tensor(images):
-            images = read_all(images, 96 if cfg.dataset == "stl10" else 32)
-        loaded.append(Images(images, labels, classes, cfg, device))
-    return loaded if len(loaded) == 2 else [*loaded, None]
+    images, labels, classes = splits[0]
+    if cfg.limit or cfg.subset_file or cfg.subset != "full":
+        keep = training_subset(cfg, images, labels)
+        splits[0] = images[keep.numpy()], labels[keep], classes
+    if not on_disk and not torch.is_tensor(images):
+        side = 96 if cfg.dataset == "stl10" else 32
+        splits = [(read_all(files, side), *others) for files, *others in splits]
+    return [*(Images(*split, cfg, device) for split in splits), None][:2]
 
 
 # ----------------------------------------- model ------------------------------------------
@@ -515,13 +505,11 @@ class Encoder(nn.Module):
             net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
             nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         width, net.fc = net.fc.in_features, nn.Identity()
-        self.backbone, self.projector = net, nn.Sequential()
-        for i, wider in enumerate(widths, 1):  # BN on all layers, ReLU on all but the last (A.3.1)
-            last = i == len(widths)
-            self.projector.append(nn.Linear(width, wider, bias=False))
-            self.projector.append(nn.BatchNorm1d(wider, affine=not last))
-            self.projector.append(nn.Identity() if last else nn.ReLU(inplace=True))
-            width = wider
+        layers = []
+        for inputs, outputs in zip([width, *widths], widths):
+            layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
+        layers[-2:] = [nn.BatchNorm1d(outputs, affine=False)]  # the last has no ReLU (A.3.1)
+        self.backbone, self.projector = net, nn.Sequential(*layers)
 
     def forward(self, x):
         return self.projector(self.backbone(x))
@@ -550,11 +538,6 @@ def world_size():
 
 def rank():
     return dist.get_rank() if world_size() > 1 else 0
-
-
-def barrier():
-    if world_size() > 1:
-        dist.barrier()
 
 
 def say(text):
@@ -612,21 +595,17 @@ def autocast(device, cfg):  # of the network; the losses compute in float32 even
 
 
 def pretrain(encoder, train, cfg):
-    """Train `encoder` by SGD, from the last checkpoint if there is one. Returns the seconds taken.
-
-    What a step sees depends only on the seed and the step, so a resumed run ends as any other.
-    """
+    """Train `encoder` by SGD, from the last checkpoint if there is one. Returns the seconds."""
     m, per_epoch = cfg.batch_size, len(train) // cfg.batch_size
-    views = Views(cfg.parts, cfg.size, cfg.crop_scale)
     optimizer = torch.optim.SGD(encoder.parameters(), cfg.lr, cfg.momentum,
                                 weight_decay=cfg.weight_decay)
     run = Pretraining(encoder, optimizer, per_epoch, cfg)
     model = distribute(encoder, train.device).train()
     for epoch in range(run.step // per_epoch, cfg.epochs):
         order = torch.randperm(len(train), generator=rng(cfg.seed, "order", epoch))
-        batches = enumerate(order[:m * per_epoch].split(m), epoch * per_epoch)
-        left = [(step, rows) for step, rows in batches if step >= run.step]
-        for step, x, _ in train.batches(left, views, n=2, key=(cfg.seed, "views")):
+        batches = list(enumerate(order[:m * per_epoch].split(m), epoch * per_epoch))
+        left = batches[run.step % per_epoch:]  # all, unless the run was killed in this epoch
+        for step, x in train.batches(left, cfg.views, n=2, key=(cfg.seed, "views")):
             lr = cosine_lr(cfg.lr, step, run.total)
             optimizer.param_groups[0]["lr"] = lr
             with autocast(train.device, cfg):
@@ -656,8 +635,8 @@ class Pretraining:
             say("already trained" if done else f"resuming at step {self.step} of {self.total}")
         elif cfg.save_every:
             self.save("epoch0000.pt")
-        self.first = self.logged_step = self.step
-        self.saved = self.logged = time.perf_counter()
+        self.first, self.started = self.step, time.perf_counter()
+        self.saved = self.started
         self.progress = Progress("pretraining", self.step)
 
     def after(self, step, loss, lr, z1):
@@ -671,8 +650,7 @@ class Pretraining:
         if rank() > 0:
             return
         now, epoch, floor = time.perf_counter(), step / self.per_epoch, ""
-        speed = (step - self.logged_step) * cfg.batch_size / (now - self.logged)
-        self.logged, self.logged_step = now, step
+        speed = (step - self.first) * cfg.batch_size / (now - self.started)
         spread = F.normalize(z1.float(), dim=1).var(0, correction=0).sum().item()  # 0: collapse
         line = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "spread": spread,
                 "images_per_second": round(speed, 1)}
@@ -723,7 +701,8 @@ def load_checkpoint(path, encoder):
         encoder.projector.load_state_dict(state["projector"])
     except (KeyError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[-1].strip()
-        raise UserError(f"{path} does not fit this network: {reason}") from None
+        raise UserError(f"{path} does not fit this network ({reason}); --init takes what does"
+                        ) from None
     return state
 
 
@@ -733,14 +712,13 @@ def extract(backbone, data, cfg):
     """Features [N, d] float32 and labels [N] of the plain images, on every rank."""
     backbone.eval()
     rows = torch.arange(len(data)).split(512)
-    features, labels, progress = [], [], Progress("features")
-    for step, x, y in data.batches(enumerate(rows)):
+    features, progress = [], Progress("features")
+    for step, x in data.batches(enumerate(rows)):
         with autocast(data.device, cfg):
             x = backbone(x).float()
         features.append(gather_rows(x, len(rows[step])))
-        labels.append(gather_rows(y, len(rows[step])))
         progress(step + 1, len(rows))
-    return torch.cat(features), torch.cat(labels)
+    return torch.cat(features), data.labels.to(data.device)
 
 
 def nearest(bank, queries, k):
@@ -751,12 +729,7 @@ def nearest(bank, queries, k):
 
 def knn_predict(train_features, train_labels, test_features, k):
     """Labels [Q] of test_features [Q, d] by the majority of the k most cosine-similar of
-    train_features [N, d] (A.4.2); of equal votes, the class of the nearest neighbour wins.
-
-    Raises ValueError unless 1 ≤ k ≤ N.
-    """
-    if not 1 <= k <= len(train_features):
-        raise ValueError(f"k = {k} neighbours of {len(train_features)} images")
+    train_features [N, d] (A.4.2); of equal votes, the class of the nearest neighbour wins."""
     predicted = []
     for rows in nearest(train_features, test_features, k).split(256):
         voters = train_labels[rows]  # [q, k], nearest first
@@ -770,7 +743,7 @@ def percent(chosen):
     return 100 * chosen.double().mean().item()
 
 
-def knn(encoder, train, test, features, cfg):
+def knn(encoder, train, features, cfg):
     """Top-1 accuracy in % by the k nearest training images, for each k."""
     (bank, labels), (queries, answers) = features
     found = {}
@@ -779,7 +752,7 @@ def knn(encoder, train, test, features, cfg):
     return found
 
 
-def linear(encoder, train, test, features, cfg):
+def linear(encoder, train, features, cfg):
     """Top-1 accuracy in % of a linear classifier on the frozen backbone (A.3.1, A.4.1)."""
     (bank, labels), (queries, answers) = features
     if cfg.probe == "features":
@@ -811,10 +784,12 @@ def linear_predict(train_features, train_labels, test_features, l2, iterations=1
         loss = F.cross_entropy(F.linear(bank, weight, offset), train_labels)
         loss = loss + l2 / 2 * weight.square().sum()
         loss.backward()
-        progress(optimizer.state[weight].get("func_evals", 0) + 1, 1.25 * iterations)
+        evaluated = optimizer.state[weight].get("func_evals", 0)
+        progress(evaluated + 1, optimizer.defaults["max_eval"])
         return loss
 
     optimizer.step(closure)
+    progress(1, 1)
     return F.linear(queries, weight, offset).argmax(1)
 
 
@@ -829,10 +804,7 @@ class LARS(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                ratio = 1.0
-                if p.dim() > 1:
-                    ratio = group["trust"] * p.norm() / p.grad.norm().clamp(min=1e-12)
-                    ratio = ratio.where(p.norm() > 0, 1.0)
+                ratio = group["trust"] * p.norm() / p.grad.norm() if p.dim() > 1 else 1
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 p.sub_(group["lr"] * buffer.mul_(group["momentum"]).add_(ratio * p.grad))
 
@@ -844,13 +816,13 @@ def train_on_crops(backbone, train, width, cfg):
     backbone.eval()
     torch.manual_seed(cfg.seed)
     classifier = nn.Linear(width, len(train.classes)).to(train.device)
-    batch, device = min(cfg.probe_batch, len(train)), train.device
+    batch = min(cfg.probe_batch, len(train))
     per_epoch, peak = math.ceil(len(train) / batch), cfg.probe_lr * batch / 256
     kind = {"sgd": torch.optim.SGD, "lars": LARS}[cfg.probe_optimizer]
     optimizer = kind(classifier.parameters(), lr=peak, momentum=0.9)
     first, key, path = 0, checksum(backbone), cfg.out / "classifier.pt"
-    state = load_file(path) if path.exists() else {"backbone": None}
-    if state["backbone"] == key:
+    state = load_file(path) if path.exists() else {}
+    if state.get("backbone") == key:
         classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"]
@@ -858,13 +830,12 @@ def train_on_crops(backbone, train, width, cfg):
     progress = Progress("linear classifier", first * per_epoch)
     for epoch in range(first, cfg.probe_epochs):
         order = torch.randperm(len(train), generator=rng(cfg.seed, "classifier", epoch))
-        order = order.split(batch)
-        rows = list(enumerate(order, epoch * per_epoch))
-        for step, x, y in train.batches(rows, views, key=(cfg.seed, "classifier views")):
-            with torch.no_grad(), autocast(device, cfg):
+        batches = enumerate(order.split(batch), epoch * per_epoch)
+        for step, x in train.batches(batches, views, key=(cfg.seed, "classifier views")):
+            with torch.no_grad(), autocast(train.device, cfg):
                 x = torch.cat([backbone(some).float() for some in x.split(512)])
-            b = len(order[step - epoch * per_epoch])
-            loss = F.cross_entropy(classifier(gather_rows(x, b)), gather_rows(y, b))
+            y = train.labels[order.split(batch)[step % per_epoch]]
+            loss = F.cross_entropy(classifier(gather_rows(x, len(y))), to_device(y, x.device))
             optimizer.param_groups[0]["lr"] = cosine_lr(peak, step, cfg.probe_epochs * per_epoch)
             optimizer.zero_grad()
             loss.backward()
@@ -874,9 +845,6 @@ def train_on_crops(backbone, train, width, cfg):
             save_file(path, {"backbone": key, "epoch": epoch + 1,
                              "classifier": classifier.state_dict(),
                              "optimizer": optimizer.state_dict()})
-    barrier()
-    if rank() == 0:
-        path.unlink()
     assert checksum(backbone) == key, "the classifier's training changed the backbone"
     return classifier
 
@@ -892,11 +860,10 @@ def embed(encoder, data, cfg, *key, n=1, groups=1):
     In float32 even where training is not: rounding would be a distance, too.
     """
     encoder.eval()
-    views = Views(cfg.parts, cfg.size, cfg.crop_scale)
     rows = torch.arange(len(data)).split(max(1, 512 // n))
     progress = Progress(f"theory, {key[0]}")
     spaces = [], [], []
-    for step, x, _ in data.batches(enumerate(rows), views, n, (cfg.seed, *key)):
+    for step, x in data.batches(enumerate(rows), cfg.views, n, (cfg.seed, *key)):
         features = encoder.backbone(x)
         raw = encoder.projector(features)
         for space, z in zip(spaces, (F.normalize(raw, dim=1), raw, features)):
@@ -933,7 +900,7 @@ def mean_length(gaps):
     whole = gaps.mean(1).norm(dim=1)  # [N]
     half = gaps.norm(dim=2).mean(1)  # [N]
     square = 2 * whole.mean() ** 2 - half.mean() ** 2
-    slope = 4 * whole.mean() * whole - 2 * half.mean() * half  # of the square, to first order
+    slope = 4 * whole.mean() * whole - 2 * half.mean() * half  # of the square: delta method
     error = slope.std() / math.sqrt(len(gaps))
     return square.clamp(min=0).sqrt().item(), (error / (2 * square.maximum(error).sqrt())).item()
 
@@ -946,7 +913,7 @@ def eq16(halves, labels):
     return mean_length(class_means(halves, labels)[labels] - halves)
 
 
-def bias(encoder, train, test, features, cfg):
+def bias(encoder, train, features, cfg):
     """Eq. 51, the paper's estimate of the bias, and Eq. 16, the bias, in three spaces (A.3.2).
 
     Eq. 51 applies the same t to an image and to another one of its class; by Jensen's inequality
@@ -971,8 +938,8 @@ def bias(encoder, train, test, features, cfg):
         random_means = mean_length(halves[order] - halves[order.roll(1)])[0]
         found |= {f"{space}eq51": eq51, f"{space}eq51_error": eq51_error,
                   f"{space}eq16": eq16_value, f"{space}eq16_error": eq16_error,
-                  f"{space}eq51_relative": eq51 / random_views if random_views else math.nan,
-                  f"{space}eq16_relative": eq16_value / random_means if random_means else math.nan}
+                  f"{space}eq51_relative": eq51 / random_views if random_views else None,
+                  f"{space}eq16_relative": eq16_value / random_means if random_means else None}
     return found
 
 
@@ -1001,7 +968,7 @@ def theorem_sides(anchor, mean_view, bank, labels, alpha):
             "repel_right": b / nu, "b": b, "nu": nu}
 
 
-def bounds(encoder, train, test, features, cfg):
+def bounds(encoder, train, features, cfg):
     """How tight Theorems 4.4 (K views) and 4.6 (one view of each image as bank) are: mean gaps,
     right minus left side (A.4.5, Fig. 6), and the share of images where a bound fails.
 
@@ -1028,20 +995,18 @@ EVALUATIONS = {"knn": knn, "linear": linear, "bias": bias, "bounds": bounds}
 # ----------------------------------------- more data --------------------------------------
 def read_folders(cfg):
     """[(files, labels, classes)] of the training and, if there are any, the test images."""
-    root, train = cfg.data, cfg.data / "train"
-    train = train if train.is_dir() else root
-    held_out = [root / name for name in ("test", "val") if train != root and (root / name).is_dir()]
-    splits = [read_folder(place) for place in (train, *held_out[:1])]
+    places = [cfg.data / name for name in ("train", "test", "val") if (cfg.data / name).is_dir()]
+    places = places[:2] if cfg.data / "train" in places else [cfg.data]
+    splits = [read_folder(place) for place in places]
     files, labels, classes = splits[0]
-    if held_out and classes != splits[1][2]:
-        odd = min(set(classes) ^ set(splits[1][2]), default="")
-        raise UserError(f"the class {odd} is not in both {train} and {held_out[0]}")
-    if held_out or not classes or cfg.dataset != "folder":
+    for odd in sorted(set(classes) ^ set(splits[-1][2])):
+        raise UserError(f"the class {odd} is not in both {places[0]} and {places[1]}")
+    if len(splits) == 2 or not classes or cfg.dataset != "folder":
         return splits
     tenth = (labels.bincount() / 10).ceil().minimum(labels.bincount() - 1)
     test = rank_within_class(labels, "held out") < tenth[labels]
     say(f"no test images: a fixed tenth of each class is held out ({test.sum()} images)")
-    return [(files[chosen], labels[chosen], classes) for chosen in (~test, test)]
+    return [(files[chosen], labels[chosen], classes) for chosen in (~test, test)][:1 + test.any()]
 
 
 def read_folder(folder):
@@ -1054,13 +1019,11 @@ def read_folder(folder):
     if not names:
         raise UserError(f"there is no image in {folder}: put class folders into {folder}/train and "
                         f"{folder}/val, or name another place with --data")
-    top = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
-    classes = sorted(set(top))
-    if len(classes) < 2 or "" in classes:
-        top, classes = [None] * len(names), []
-    label = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([label.get(name, -1) for name in top])
-    return np.array([os.path.join(folder, name) for name in names]), labels, classes
+    files = np.array([os.path.join(folder, name) for name in names])
+    classes, labels = np.unique([name.split(os.sep)[0] for name in names], return_inverse=True)
+    if len(classes) < 2 or not all(os.sep in name for name in names):
+        return files, torch.full([len(files)], -1), []
+    return files, torch.from_numpy(labels), classes.tolist()
 
 
 def read_all(files, size):
@@ -1081,11 +1044,11 @@ def read_torchvision(dataset, root):
     kind, stl = getattr(torchvision.datasets, dataset.upper()), dataset == "stl10"
     try:
         if rank() > 0:
-            barrier()  # rank 0 downloads, the others wait
+            dist.barrier()  # rank 0 downloads, the others wait
         parts = [kind(root, split, download=rank() == 0)
                  for split in (["train+unlabeled", "test"] if stl else [True, False])]
-        if rank() == 0:
-            barrier()
+        if rank() == 0 < world_size() - 1:
+            dist.barrier()
     except (OSError, RuntimeError) as error:
         raise UserError(f"{dataset} is not in {root} and cannot be downloaded ({error}): put "
                         f"torchvision's files or class folders train/ and test/ there") from None
@@ -1121,23 +1084,22 @@ def training_subset(cfg, images, labels):
         if not names or not row_of.keys() >= set(names):
             raise UserError(f"--subset-file {cfg.subset_file} must list files of training images")
         return torch.tensor(sorted({row_of[name] for name in names}))
-    if cfg.subset != "full" and (labels < 0).all():
-        raise UserError(f"--subset {cfg.subset} needs labels")
     if cfg.subset == "full":
         return balanced_subset(labels, cfg.limit, "limit")  # the same images for every seed
-    sizes = labels[labels >= 0].bincount()
-    total = cfg.limit or round(int(sizes.sum()) * 115_846 / 1_281_167)  # ImageNet-LT's share
+    rows = (labels >= 0).nonzero().squeeze(1)
+    if not len(rows):
+        raise UserError(f"--subset {cfg.subset} needs labels")
+    labels, sizes = labels[rows], labels[rows].bincount()
+    total = cfg.limit or round(len(rows) * 115_846 / 1_281_167)  # ImageNet-LT's share
     if cfg.subset == "uni":
-        rows = (labels >= 0).nonzero().squeeze(1)
-        return rows[balanced_subset(labels[rows], total, "subset", cfg.seed)]
+        return rows[balanced_subset(labels, total, "subset", cfg.seed)]
     counts, generator = torch.zeros_like(sizes), rng("subset", cfg.seed)
     for count in long_tailed_counts(len(sizes), total, min(1280, int(sizes.max()))):
         free = ((sizes >= count) & (counts == 0)).nonzero().squeeze(1)
         if not len(free):
             raise UserError(f"no class is left that has {count} images: lower --limit")
         counts[free[torch.randint(len(free), [], generator=generator)]] = count
-    place = rank_within_class(labels, "subset", cfg.seed)
-    return ((labels >= 0) & (place < counts[labels.clamp(min=0)])).nonzero().squeeze(1)
+    return rows[rank_within_class(labels, "subset", cfg.seed) < counts[labels]]
 
 
 def long_tailed_counts(classes, total, largest=1280, smallest=5, shape=6):
@@ -1176,7 +1138,7 @@ def draw_patterns(n, split):
     generator = rng("patterns", split)
 
     def random(low, high):
-        return uniform(generator, low, high, n, 1, 1)
+        return torch.empty(n, 1, 1).uniform_(low, high, generator=generator)
 
     axis = torch.linspace(-1, 1, 32)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -1199,44 +1161,35 @@ class Progress:
     elsewhere in a new line once a minute, and whenever `always` asks for it."""
 
     def __init__(self, stage, first=0):
-        self.stage, self.first, self.terminal = stage, first, sys.stderr.isatty()
-        self.started = time.perf_counter()
-        self.due = self.started + (1 if self.terminal else 10)
+        self.stage, self.first, self.started = stage, first, time.perf_counter()
+        self.due = self.started + 1
 
     def __call__(self, done, total, text="", always=False):
-        now = time.perf_counter()
-        if rank() > 0 or not (always or now > self.due or self.terminal and done == total):
+        now, terminal = time.perf_counter(), sys.stderr.isatty()
+        if rank() > 0 or not (always or now > self.due or terminal and done == total):
             return
+        self.due = now + (0.2 if terminal else 60)
         left = (now - self.started) / (done - self.first) * (total - done)
-        clock = f"{left:.0f} s" if left < 600 else f"{left // 3600:.0f}:{left // 60 % 60:02.0f} h"
-        line = f"{text or f'{self.stage} {100 * done / total:.0f} %'}  {clock} left"[:79]
-        self.due = now + (0.2 if self.terminal else 60)
-        end = "\r" if done < total else "\r" + " " * 79 + "\r"  # the end wipes it
-        print(f"{line:79}" if self.terminal else line, end=end if self.terminal else "\n",
-              file=sys.stderr, flush=True)
+        text = text or f"{self.stage} {100 * done / total:.0f} %"
+        line = f"{text}  {timedelta(seconds=round(left))} left"
+        if terminal:  # wipe the line; the end leaves it empty
+            line = "\x1b[2K" + (line[:79] if done < total else "")
+        print(line, end="\r" if terminal else "\n", file=sys.stderr, flush=True)
 
 
 def tiles_of(data, rows, views=None, n=1, side=64):
     """The images of these rows, or n views of each, view by view: [.., 3, side, side] in [0, 1]."""
-    order = [(0, rows.repeat_interleave(world_size()))]  # dealt out in turn: all rows to each rank
-    step, x, labels = next(data.batches(order, views, n, ("picture",)))
+    order = [(0, rows.repeat_interleave(world_size()))]  # of which each rank's share is all rows
+    _, x = next(data.batches(order, views, n, ("picture",)))
     mean, std = mean_and_std(x.device)
-    mode = "nearest" if x.shape[-1] <= side else "bilinear"
-    x = F.interpolate(x * std + mean, (side, side), mode=mode, antialias=mode == "bilinear")
-    return x.clamp(0, 1).cpu()
-
-
-def save_picture(tiles, columns, path):
-    if rank() == 0:
-        torchvision.utils.save_image(tiles, path, nrow=columns, pad_value=1.0)
+    return F.interpolate(x * std + mean, (side, side), mode="bilinear", antialias=True).cpu()
 
 
 def draw_views(data, cfg):
     """views.png: 12 images, each followed by two of its views, which the network is to match."""
     rows = balanced_subset(data.labels, min(12, len(data)), "picture")
-    views = Views(cfg.parts, cfg.size, cfg.crop_scale)
-    tiles = torch.stack([tiles_of(data, rows), *tiles_of(data, rows, views, 2).chunk(2)], 1)
-    save_picture(tiles.flatten(0, 1), 12, cfg.out / "views.png")
+    tiles = torch.stack([tiles_of(data, rows), *tiles_of(data, rows, cfg.views, 2).chunk(2)], 1)
+    torchvision.utils.save_image(tiles.flatten(0, 1), cfg.out / "views.png", nrow=12, pad_value=1)
 
 
 def draw_neighbors(train, test, backbones, cfg):
@@ -1247,25 +1200,21 @@ def draw_neighbors(train, test, backbones, cfg):
     backbones: for each, the (features, labels) of the training and of the test images.
     """
     rows, lines = balanced_subset(test.labels, min(8, len(test)), "picture"), []
-    border = F.pad(torch.zeros(64, 64), [4] * 4, value=1.0).bool()
     for parts in backbones:
-        bank, queries = parts[0][0], parts[-1][0]
-        near = nearest(bank, queries[rows.to(bank.device)], min(9, len(train))).cpu()  # [q, 9]
-        if train is test:  # without the image itself
+        bank, queries = parts[0][0], parts[-1][0][rows.numpy()]
+        near = nearest(bank, queries, min(9, len(train))).cpu()  # [q, 9]
+        if train is test:  # the image itself comes last
             itself = (near == rows[:, None]).int()
             near = near.gather(1, itself.argsort(dim=1, stable=True))[:, :-1]
         near = near[:, :8]
-        tiles = tiles_of(train, near.flatten()).unflatten(0, near.shape)
-        tiles = torch.cat([tiles_of(test, rows)[:, None], tiles], 1)  # [q, 9, 3, 64, 64]
         right = (train.labels[near] == test.labels[rows, None]) & (train.labels[near] >= 0)
-        right = F.pad(right, [1, 0])[..., None, None, None]  # [q, 9, 1, 1, 1]
-        frame = torch.where(right, torch.tensor([0.1, 0.7, 0.2])[:, None, None], 1.0)
-        tiles = torch.where(border, frame, F.pad(tiles, [4] * 4))
-        lines.append(F.pad(tiles, [0] * 7 + [10 - tiles.shape[1]], value=1.0))
-    lines = torch.stack(lines, 1).flatten(0, 1)  # [q · backbones, 10, 3, 72, 72]
-    lines = F.pad(lines, [0] * 9 + [len(lines) % 2], value=1.0)
-    blocks = lines.unflatten(0, (2, -1)).transpose(0, 1)  # two blocks of lines, side by side
-    save_picture(blocks.flatten(0, 2), 20, cfg.out / "neighbors.png")
+        colour = torch.where(F.pad(right, [1, 0])[..., None], torch.tensor([0.1, 0.7, 0.2]), 1.0)
+        tiles = colour[..., None, None].repeat(1, 1, 1, 72, 72)  # [q, 9, 3, 72, 72]: the frames
+        tiles[:, 0, :, 4:-4, 4:-4] = tiles_of(test, rows)
+        tiles[:, 1:, :, 4:-4, 4:-4] = tiles_of(train, near.flatten()).unflatten(0, near.shape)
+        lines.append(tiles)
+    tiles, path = torch.stack(lines, 1), cfg.out / "neighbors.png"  # [q, backbones, 9, 3, 72, 72]
+    torchvision.utils.save_image(tiles.flatten(0, 2), path, nrow=tiles.shape[2], pad_value=1)
 
 
 def export(path, features, parts):
@@ -1274,9 +1223,8 @@ def export(path, features, parts):
     for name, (x, labels), data in zip(("train", "test"), features, parts):
         arrays |= {f"{name}_features": x.cpu().numpy(), f"{name}_labels": labels.cpu().numpy()}
         arrays |= {} if data.in_memory else {f"{name}_files": data.images}
-    if rank() == 0:
-        with open(path, "wb") as file:
-            np.savez(file, **arrays)
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
     say(f"{path} holds the features of {' + '.join(str(len(data)) for data in parts)} images")
 
 
@@ -1412,10 +1360,6 @@ EXAMPLES = """examples:
   python balcon.py --checkpoint runs/patterns/last.pt --eval bias  measure a trained network"""
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 def public(cfg):
     """What makes a run this run, as JSON gives it back."""
     config = {key: vars(cfg)[key] for key in IDENTITY}
@@ -1433,13 +1377,15 @@ def recipe_of(dataset):
 def parse_flags(argv=None):
     """The configuration: the recipe of the data set, or a checkpoint's own, changed by flags."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=EXAMPLES,
-                                     add_help=False, allow_abbrev=False, formatter_class=Help)
+                                     add_help=False, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
     parser.add_argument("--report", nargs="+", type=Path, metavar="DIR",
                         help="compare the runs in these directories, and do nothing else")
     parser.add_argument("--dataset", choices=RECIPES, help="selects the recipe")
     for name, (default, meaning, *choices) in FLAGS.items():
         kind = default if isinstance(default, type) else type(default)
+        meaning += " (default: %(default)s)"
         options = {"help": meaning, "choices": choices[0] if choices else None, "type": kind}
         if kind is list:
             options |= {"nargs": "*", "type": type(default[0]) if default else str}
@@ -1452,14 +1398,15 @@ def parse_flags(argv=None):
         refuse(f"--checkpoint {first.checkpoint} is of another version; --init takes its weights")
     recipe = recipe_of(first.dataset or saved.get("dataset", "patterns"))
     if saved.get("dataset") != recipe["dataset"]:
-        saved.pop("data", None)  # that of other images
+        for key in ("data", "limit", "subset", "subset_file"):  # they belong to other images
+            saved.pop(key, None)
     parser.set_defaults(**{**recipe, **saved, "dataset": recipe["dataset"], "init": None})
     parser.add_argument("-h", "--help", action="help")
-    cfg = parser.parse_args(argv, SimpleNamespace())
+    cfg = parser.parse_args(argv)
 
-    cfg.data = Path(cfg.data)
     dropped = sum((DROPPABLE[name] for name in cfg.drop), [])
-    cfg.parts = [part for part in cfg.augmentations if part not in dropped] + cfg.add
+    names = [name for name in cfg.augmentations if name not in dropped] + cfg.add
+    cfg.views = Views(names, cfg.size, cfg.crop_scale)
     cfg.workers = min(cfg.workers, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     cfg.out = cfg.out or Path("runs", "_".join([cfg.dataset, *changes(cfg)]))
     if cfg.checkpoint and first.out is None:
@@ -1498,11 +1445,13 @@ def check(cfg):
         refuse("--k and --projector need numbers of at least 1")
     if len(cfg.crop_scale) != 2 or not 0 < cfg.crop_scale[0] <= cfg.crop_scale[1] <= 1:
         refuse("--crop-scale takes two shares between 0 and 1, the smaller first")
-    if len(set(cfg.parts)) < len(cfg.parts):
-        refuse(f"--add {' '.join(cfg.add)}: the recipe has that already")
+    if len(set(cfg.views.names)) < len(cfg.views.names):
+        refuse(f"an augmentation comes twice: {' '.join(cfg.views.names)}")
     for name in cfg.drop:
         if not set(DROPPABLE[name]) & set(cfg.augmentations):
             refuse(f"--drop {name}: the recipe has none")
+    if cfg.subset_file and (cfg.limit or cfg.subset != "full"):
+        refuse("--subset-file leaves nothing to choose to --subset and --limit")
     if cfg.theory_views % 2:
         refuse(f"--theory-views {cfg.theory_views} must be even")
     config = json.loads(open(log).readline())["config"] if log.exists() else public(cfg)
@@ -1541,11 +1490,11 @@ def run(cfg):
     train, test = load_data(cfg, device)
     labelled = train.select((train.labels >= 0).nonzero().squeeze(1))
     wanted = check_images(cfg, train, test, labelled)
-    if cfg.export:
-        open(cfg.export, "ab").close()  # complains now rather than after pretraining
     parts = [labelled if wanted else train, *([test] if test else [])]
     encoder = build_encoder(cfg, device)
     step = load_checkpoint(cfg.checkpoint, encoder)["step"] if cfg.checkpoint else None
+    if cfg.export:
+        open(cfg.export, "ab").close()  # complains now rather than after pretraining
     start_log(cfg, parts, train, encoder)
     path, features = cfg.out / "results.json", {}
     results = json.loads(path.read_text()) if path.exists() else {"config": public(cfg)}
@@ -1556,7 +1505,7 @@ def run(cfg):
 
     def save_results():
         if rank() == 0:
-            save_file(path, json.dumps(results, indent=1).replace("NaN", "null") + "\n")
+            save_file(path, json.dumps(results, indent=1) + "\n")
 
     def evaluate(stage, needed):
         found = results.setdefault(stage, {})
@@ -1564,20 +1513,21 @@ def run(cfg):
         if needed or {"knn", "linear"} & set(missing):
             features[stage] = [extract(encoder.backbone, part, cfg) for part in parts]
         for name in missing:
-            found[name] = EVALUATIONS[name](encoder, parts[0], test, features.get(stage), cfg)
+            found[name] = EVALUATIONS[name](encoder, parts[0], features.get(stage), cfg)
             save_results()  # at once: on ImageNet, each takes hours
 
     if cfg.epochs and not cfg.checkpoint:
-        draw_views(train, cfg)
+        if rank() == 0:
+            draw_views(train, cfg)
         if cfg.baseline:
             evaluate("untrained", undrawn)
         results["seconds"] = round(pretrain(encoder, train, cfg), 1)
     stage = "trained" if cfg.epochs or cfg.checkpoint else "untrained"
     evaluate(stage, undrawn or cfg.export)
     save_results()
-    if undrawn:
+    if undrawn and rank() == 0:
         draw_neighbors(parts[0], parts[-1], features.values(), cfg)
-    if cfg.export:
+    if cfg.export and rank() == 0:
         export(cfg.export, features[stage], parts)
     code = conclude(cfg) if rank() == 0 else 0
     if dist.is_available() and dist.is_initialized():
@@ -1614,9 +1564,8 @@ def start_log(cfg, parts, train, encoder):
 
 def conclude(cfg):
     """Print the table and where the files are. The demonstration fails if it did not learn."""
-    stages, names = read_figures(cfg.out), {}
-    for figures in stages.values():
-        names |= figures
+    stages = read_figures(cfg.out)
+    names = stages.get("untrained", {}) | stages.get("trained", {})
     rows = [["top-1 on test images, theory on training images", *stages]]
     for name in names:
         meaning = MEANINGS.get(name, f"kNN, k = {name[3:]}, % right (cosine, majority)")
@@ -1641,11 +1590,12 @@ def main(argv=None):
     try:
         cfg = parse_flags(argv)
         if cfg.report:
-            sys.exit(report(cfg.report))
+            report(cfg.report)
+            sys.exit()
         check(cfg)
         sys.exit(run(cfg))
     except (UserError, OSError) as error:
-        message = str(error).split("Error: ")[-1]  # a reading process puts its traceback before it
+        message = str(error).split("ImageError: ")[-1]  # without a reading process's traceback
         if isinstance(error, ImageError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print("balcon:", " ".join(message.split()), file=sys.stderr, flush=True)
         sys.exit(2)

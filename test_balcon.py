@@ -394,11 +394,10 @@ def test_every_rank_sees_its_rows_of_the_global_batch_of_files(world, tmp_path, 
     monkeypatch.setattr(balcon, "world_size", lambda: world)
     for rank in range(world):
         monkeypatch.setattr(balcon, "rank", lambda: rank)
-        (_, got, labels), = data.batches([(3, rows)], views, 2, ("key",))
-        assert labels.tolist() == rows[rank::world].tolist()
+        (_, got), = data.batches([(3, rows)], views, 2, ("key",))
         difference = got - x[:, rank::world].flatten(0, 1)
         assert difference.abs().mean((1, 2, 3)).max() < 0.02  # Pillow rounds to 8 bits
-        (_, got, _), = data.batches([(3, rows)])
+        (_, got), = data.batches([(3, rows)])
         for row, centre in zip(rows[rank::world], got):
             side = round(0.875 * min(images[row].shape[1:]))
             expected = TF.resize(TF.center_crop(images[row], [side]), [16, 16])
@@ -574,8 +573,8 @@ def rows_of(x):
 
 def settings(**changes):
     cfg = balcon.parse_flags([])
-    small = dict(parts=["flip"], size=2, crop_scale=[1.0, 1.0], precision="float32", alpha=2.0,
-                 k=[1, 5, 99], theory_images=1000, theory_views=4, probe="features",
+    small = dict(views=balcon.Views(["flip"], 2, [1.0, 1.0]), size=2, precision="float32",
+                 alpha=2.0, k=[1, 5, 99], theory_images=1000, theory_views=4, probe="features",
                  probe_l2=0.01, probe_lr=5.0, probe_batch=9, probe_epochs=3)
     vars(cfg).update(small | changes)
     return cfg
@@ -590,9 +589,6 @@ def test_knn_is_a_majority_vote_by_cosine_and_ties_go_to_the_nearest():
         votes = [labels[rows[:k]].tolist() for rows in near]
         expected = [max(vote, key=vote.count) for vote in votes]  # the first, so the nearest
         assert balcon.knn_predict(bank, labels, queries, k).tolist() == expected
-    for k in (0, 42):
-        with pytest.raises(ValueError):
-            balcon.knn_predict(bank, labels, queries, k)
 
 
 def test_linear_predict_finds_the_minimum_of_its_objective_whatever_the_scale_of_an_image():
@@ -618,7 +614,7 @@ def crops_classifier(out, patience=None, moved=0.0, **flags):
     before = [value.clone() for value in encoder.backbone.state_dict().values()]
     classifier = balcon.train_on_crops(encoder.backbone, pictures(19, 8), 192, cfg)
     assert all(map(torch.equal, before, encoder.backbone.state_dict().values()))
-    assert not any(out.iterdir())  # what it resumes from is not needed any more
+    (out / "classifier.pt").unlink()  # else the next call would find it finished
     return classifier, encoder.seen
 
 
@@ -668,9 +664,9 @@ def evaluated(folder):
     cfg, figures = settings(out=folder), {}
     features = [balcon.extract(encoder.backbone, data, cfg) for data in (train, test)]
     for evaluation in balcon.EVALUATIONS.values():
-        figures |= evaluation(encoder, train, test, features, cfg)
+        figures |= evaluation(encoder, train, features, cfg)
     cfg.probe = "crops"
-    crops = balcon.EVALUATIONS["linear"](encoder, train, test, features, cfg)
+    crops = balcon.EVALUATIONS["linear"](encoder, train, features, cfg)
     return {**figures, "crops": crops["linear"]}, features
 
 
@@ -720,7 +716,7 @@ def test_bias_is_eq_51_under_one_t_for_both_images_and_eq_16_and_relative_to_ran
     data, encoder = pictures(120), stub()
     data.labels = 2 * data.labels + 3  # with gaps
     cfg = settings(theory_images=100, precision="bfloat16")  # of which theory makes no use
-    found = balcon.bias(encoder, data, None, None, cfg)
+    found = balcon.bias(encoder, data, None, cfg)
     seen = torch.cat(encoder.seen)
     row, other_row, *view_rows = rows_of(seen).split(100)
     labels = data.labels[row]
@@ -812,7 +808,7 @@ def test_bounds_are_the_mean_gaps_and_the_shares_that_fail(seed):
     data.images = (190 + 25 * torch.randn(12, 3, 2, 2, generator=generator(4))).clamp(0, 255).byte()
     data.images[0] = torch.tensor([190, 5])  # flipped, it looks away from all others
     encoder.projector = torch.nn.Identity()
-    found = balcon.bounds(encoder, data, None, None, cfg)
+    found = balcon.bounds(encoder, data, None, cfg)
     z = F.normalize(torch.cat(encoder.seen).flatten(1).double(), dim=1)
     anchor, *views, bank = z.split(12)
     side = sides_by_loops(anchor, sum(views) / 4, bank, data.labels, 30.0)
@@ -919,8 +915,8 @@ def tiles_of_picture(path, rows, columns, side):
 def test_views_png_shows_each_image_beside_two_of_its_views(tmp_path):
     data = pictures(12)
     balcon.draw_views(data, settings(out=tmp_path))
-    tiles = tiles_of_picture(tmp_path / "views.png", 3, 12, 64)[:, :, 16::32, 16::32]
-    tiles = tiles.reshape(12, 3, 2, 2, 3)
+    tiles = tiles_of_picture(tmp_path / "views.png", 3, 12, 64)
+    tiles = tiles[:, :, [15, 48]][:, :, :, [15, 48]].reshape(12, 3, 2, 2, 3)
     images = data.images.permute(0, 2, 3, 1).numpy().astype(int)[:, None]
     same = abs(tiles - images).max((2, 3, 4)) <= 1
     flipped = abs(tiles - images[..., ::-1, :]).max((2, 3, 4)) <= 1
@@ -928,10 +924,10 @@ def test_views_png_shows_each_image_beside_two_of_its_views(tmp_path):
     assert 4 < flipped[:, 1:].sum() < 20 and (flipped[:, 1] != flipped[:, 2]).any()
 
 
-def lines_of_neighbors(path, backbones):
-    """[8, backbones, 10]: the red of the tiles in each line, and which have a green frame."""
-    tiles = tiles_of_picture(path, 4 * backbones, 20, 72)
-    tiles = np.stack([tiles[:, :10], tiles[:, 10:]]).reshape(8, backbones, 10, 72, 72, 3)
+def lines_of_neighbors(path, backbones, images):
+    """[8, backbones, images]: the red of the tiles in a line, and which have a green frame."""
+    tiles = tiles_of_picture(path, 8 * backbones, images, 72)
+    tiles = tiles.reshape(8, backbones, images, 72, 72, 3)
     green = (tiles == (26, 179, 51)).all(-1).sum((3, 4))
     assert set(green.flat) <= {0, 72 ** 2 - 64 ** 2}  # a whole frame, or none
     return tiles[..., 36, 36, 0], green > 0
@@ -944,21 +940,21 @@ def test_neighbors_png_frames_the_neighbours_of_the_right_class(tmp_path):
     queries = torch.randn(2, 8, 3, generator=generator(1))
     backbones = [[(x, train.labels), (q, test.labels)] for x, q in zip(bank, queries)]
     balcon.draw_neighbors(train, test, backbones, settings(out=tmp_path))
-    red, framed = lines_of_neighbors(tmp_path / "neighbors.png", 2)
+    red, framed = lines_of_neighbors(tmp_path / "neighbors.png", 2, 9)
     for i, stage in itertools.product(range(8), (0, 1)):
         similar = F.cosine_similarity(bank[stage], queries[stage, i], dim=1)
         near = similar.argsort(descending=True)[:8]
-        assert red[i, stage].tolist() == [2 * i, *(2 * near).tolist(), 255]
+        assert red[i, stage].tolist() == [2 * i, *(2 * near).tolist()]
         right = train.labels[near] == test.labels[i]
-        assert framed[i, stage].tolist() == [False, *right.tolist(), False]
+        assert framed[i, stage].tolist() == [False, *right.tolist()]
 
 
 def test_neighbors_png_never_shows_an_image_beside_itself(tmp_path):
     data, features = pictures(8, 1), torch.ones(8, 3)  # of a collapsed backbone
     balcon.draw_neighbors(data, data, [[(features, data.labels)]], settings(out=tmp_path))
-    red, framed = lines_of_neighbors(tmp_path / "neighbors.png", 1)
+    red, framed = lines_of_neighbors(tmp_path / "neighbors.png", 1, 8)
     for line, i in zip(red[:, 0].tolist(), range(0, 16, 2)):
-        assert line[0] == i and sorted(line[:8]) == [*range(0, 16, 2)] and line[8:] == [255, 255]
+        assert line[0] == i and sorted(line) == [*range(0, 16, 2)]
     assert framed.sum(2).flatten().tolist() == [2, 2, 1, 2, 2, 1, 2, 2]
 
 
@@ -997,7 +993,7 @@ def train_tiny(folder, loss="balanced"):
     cfg = balcon.parse_flags([*TINY.split(), "--loss", loss, "--out", str(folder)])
     train = balcon.Images(TINY_PIXELS, torch.arange(13), [], cfg, CPU)
     balcon.pretrain(TinyEncoder(), train, cfg)
-    return logged(folder), {path.name: torch.load(path) for path in folder.glob("*.pt")}
+    return logged(folder), {path.name: torch.load(path) for path in folder.glob("[!c]*.pt")}
 
 
 def logged(folder):
@@ -1193,7 +1189,7 @@ def test_the_demonstration_fails_unless_it_leaves_less_than_a_quarter_of_the_err
 # ----------------------------------------- bad input --------------------------------------
 BAD = {  # words, after "WORLD_SIZE=2" in the environment or nothing: what the sentence names
     "--loss softmax": "--loss", "--alpha -1": "--alpha -1", "--lam nan": "--lam nan",
-    "--batch-size 4.5": "--batch-size", "--add flip": "--add flip", "--theory-views 3": "views 3",
+    "--batch-size 4.5": "--batch-size", "--add flip": "twice: flip", "--theory-views 3": "views 3",
     "--k 5 0": "--k", "--crop-scale 0.5": "--crop-scale", "--crop-scale 1 0.5": "--crop-scale",
     "--dataset folder --data nowhere --export features.npz": "nowhere",
     "--dataset cifar10 --data broken": "broken/train/0.png",
@@ -1276,9 +1272,8 @@ def benchmark(argv, rounds=5):
     m = min(cfg.batch_size, len(train))
     if not cuda:
         m = min(m, max(2, int(4e10 / flop)))  # about a second
-    views = balcon.Views(cfg.parts, cfg.size, cfg.crop_scale)
     orders = ((step, torch.randperm(len(train))[:m]) for step in itertools.count())
-    batches = train.batches(orders, views, 2, ("benchmark",))
+    batches = train.batches(orders, cfg.views, 2, ("benchmark",))
     x, z = next(batches)[1], torch.randn(2 * m, cfg.projector[-1], device=device)
     side = train.images.shape[-1] if train.in_memory else cfg.size
     pixels = torch.rand(2 * m, 3, side, side, device=device)
@@ -1299,7 +1294,7 @@ def benchmark(argv, rounds=5):
         lambda: [update(next(batches)[1], loss) for _ in range(k)],
         lambda: update(x, lambda z: z.backward(torch.ones_like(z))),
         lambda: loss(z.requires_grad_()),
-        lambda: views.apply(pixels.clone(), views.draw(2 * m, generator(0)))], rounds, cuda)
+        lambda: cfg.views.apply(pixels, cfg.views.draw(2 * m, generator(0)))], rounds, cuda)
     rate, total = 2 * m * k / step, 2 * cfg.epochs * (n - n % cfg.batch_size)
     for name, value, meaning in (
         ("training step", rate, f"views/s, from pixels to update; {m} images a step"),

@@ -186,8 +186,8 @@ def pixels(*flags):
     cfg = balcon.parse_flags([*flags, "--probe", "features"])
     train, test = balcon.load_data(cfg, torch.device("cpu"))
     features = [(data.images.flatten(1).float() / 255, data.labels) for data in (train, test)]
-    print(json.dumps({**balcon.knn(None, train, test, features, cfg),
-                      **balcon.linear(None, train, test, features, cfg)}))
+    print(json.dumps({**balcon.knn(None, train, features, cfg),
+                      **balcon.linear(None, train, features, cfg)}))
 
 
 # ------------------------------------------ runs that are no recipe ---------------------------
