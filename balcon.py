@@ -387,6 +387,10 @@ class UserError(Exception):
     """What the user can correct: printed as one sentence, exit code 2."""
 
 
+def refuse(message):
+    raise UserError(message)
+
+
 class ImageError(UserError):
     """A bad image. Under torchrun only the rank that read it knows."""
 
@@ -424,6 +428,7 @@ class Images(torch.utils.data.Dataset):
             for step, rows in order:
                 mine = share(len(rows))
                 t = views.draw(n * len(rows), rng(*key, step)) if views else {}
+                # Of each parameter, [n · rows, ...] view by view, those of this rank's rows.
                 t = {name: p.unflatten(0, (n, -1))[:, mine].flatten(0, 1) for name, p in t.items()}
                 yield step, rows[mine], n, t
 
@@ -679,7 +684,10 @@ def save_file(path, content):
     """Text, or a state for load_file. A kill at any moment leaves the old file or the new one."""
     draft = path.with_name(path.name + ".tmp")
     with open(draft, "wb") as file:
-        file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+        if isinstance(content, str):
+            file.write(content.encode())
+        else:
+            torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
@@ -747,7 +755,8 @@ def knn(encoder, train, features, cfg):
     """Top-1 accuracy in % by the k nearest training images, for each k."""
     (bank, labels), (queries, answers) = features
     found = {}
-    for k in (min(k, len(bank)) for k in cfg.k):
+    for k in cfg.k:
+        k = min(k, len(bank))
         found[f"knn{k}"] = percent(knn_predict(bank, labels, queries, k) == answers)
     return found
 
@@ -1336,6 +1345,7 @@ FLAGS = {
     "save_minutes": (10.0, "save within long epochs, too"),
     "workers": (8, "processes of each rank that read files, at most one a core"),
 }
+# What makes a run this run: the data set and the flags above "out".
 IDENTITY = ["dataset", *list(FLAGS)[:list(FLAGS).index("out")]]
 RECIPES = {  # what differs from the above
     "patterns": dict(  # ours: drawn images, for the demonstration
@@ -1354,10 +1364,6 @@ RECIPES = {  # what differs from the above
         projector=[512, 128], size=128, crop_scale=[0.2, 1.0], k=[5], probe="features",
         augmentations=["color_jitter", "grayscale", "gaussian_blur", "flip"]),
 }
-EXAMPLES = """examples:
-  python balcon.py --dataset cifar10 --epochs 20 --lr 0.2          flags change the recipe
-  python balcon.py --dataset folder --data ~/photos                own images, labelled or not
-  python balcon.py --checkpoint runs/patterns/last.pt --eval bias  measure a trained network"""
 
 
 def public(cfg):
@@ -1376,9 +1382,8 @@ def recipe_of(dataset):
 
 def parse_flags(argv=None):
     """The configuration: the recipe of the data set, or a checkpoint's own, changed by flags."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=EXAMPLES,
-                                     add_help=False, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], add_help=False,
+                                     allow_abbrev=False)
     parser.error = refuse
     parser.add_argument("--report", nargs="+", type=Path, metavar="DIR",
                         help="compare the runs in these directories, and do nothing else")
@@ -1392,7 +1397,7 @@ def parse_flags(argv=None):
         elif kind is bool:
             options = {"help": meaning, "action": argparse.BooleanOptionalAction}
         parser.add_argument("--" + name.replace("_", "-"), **options)
-    first = parser.parse_known_args(argv)[0]
+    first = parser.parse_known_args(argv)[0]  # --dataset and --checkpoint choose the defaults
     saved = load_file(first.checkpoint).get("config", {}) if first.checkpoint else {}
     if saved and saved.keys() != set(IDENTITY):
         refuse(f"--checkpoint {first.checkpoint} is of another version; --init takes its weights")
@@ -1412,10 +1417,6 @@ def parse_flags(argv=None):
     if cfg.checkpoint and first.out is None:
         cfg.out = cfg.checkpoint.with_name(f"{cfg.checkpoint.stem}-on-{cfg.dataset}")
     return cfg
-
-
-def refuse(message):
-    raise UserError(message)
 
 
 def changes(cfg):
@@ -1466,7 +1467,7 @@ def check_images(cfg, train, test, labelled):
     if cfg.epochs and not cfg.checkpoint:
         if not steps:
             refuse(f"--batch-size {cfg.batch_size} is more than the {len(train)} training images; "
-                   f"--batch-size {1 << len(train).bit_length() - 1} would fit")
+                   f"--batch-size {2 ** int(math.log2(len(train)))} would fit")
         if steps < 100 or cfg.batch_size < 32:
             say(f"warning: {steps} steps of {cfg.batch_size} images are too few to learn much")
     if cfg.eval and (test is None or len(labelled.labels.unique()) < 2):
@@ -1490,7 +1491,7 @@ def run(cfg):
     train, test = load_data(cfg, device)
     labelled = train.select((train.labels >= 0).nonzero().squeeze(1))
     wanted = check_images(cfg, train, test, labelled)
-    parts = [labelled if wanted else train, *([test] if test else [])]
+    parts = [labelled if wanted else train, *([] if test is None else [test])]
     encoder = build_encoder(cfg, device)
     step = load_checkpoint(cfg.checkpoint, encoder)["step"] if cfg.checkpoint else None
     if cfg.export:
