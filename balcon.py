@@ -1549,8 +1549,6 @@ def start_log(cfg, parts, train, encoder):
     bf16 = [name for name, has in torch.cpu.get_capabilities().items() if has and "bf16" in name]
     if cfg.precision == "bfloat16" and train.device.type == "cpu" and not bf16:
         say("warning: this CPU has no bfloat16 arithmetic, so float32 would be faster")
-    if cfg.subset != "full":
-        say(f"training images of each class: {train.labels.bincount().tolist()}")
     if rank() > 0 or (cfg.out / "log.jsonl").exists():
         return
     cfg.out.mkdir(parents=True, exist_ok=True)

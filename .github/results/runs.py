@@ -114,9 +114,7 @@ def models(a, b):
     """The columns of each model, for a = log α and b = log λ."""
     p = a + b
     return {"log α, quadratic (3)": [a, a ** 2],
-            "log λ, quadratic (3)": [b, b ** 2],
             "**log αλ, quadratic (3)**": [p, p ** 2],
-            "log α + log λ, linear (3)": [a, b],
             "log α + log λ, both quadratic (5)": [a, a ** 2, b, b ** 2],
             "all terms of second order (6)": [a, a ** 2, b, b ** 2, a * b]}
 
