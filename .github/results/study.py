@@ -83,9 +83,10 @@ RUN_TABLES = {
         "the same, 100 images": "relative_100"}),
     "similarities": ("ntxent-a2-l1 sim-euclidean sim-dot untrained pixels", {
         "": "method", "similarity": "similarity", **ACCURACY}),
-    "distributions": ("c100-untrained-uni c100-untrained-lt c100-uni c100-lt c100-balanced-uni "
-                      "c100-balanced-lt c100-untrained-full c100-uni-full c100-lt-full "
-                      "c100-balanced-uni-full c100-balanced-lt-full", {
+    "distributions": ("sub-pixels-uni sub-pixels-lt sub-untrained-uni sub-untrained-lt "
+                      "sub-ntxent-uni sub-ntxent-lt sub-balanced-uni sub-balanced-lt "
+                      "sub-pixels-full sub-untrained-full sub-ntxent-uni-full "
+                      "sub-ntxent-lt-full sub-balanced-uni-full sub-balanced-lt-full", {
                           "": "method", "pretrained on": "subset",
                           "classifier and kNN use": "used", **ACCURACY}),
     "assumptions": (FOUR, {
@@ -288,9 +289,10 @@ def derived():
     views = select(row="balanced-a2-l4")[0]["views"]
     found["scale/percent"] = number(100 * views / PAPER["views"], 1)
     found.update({f"quoted/{name}": figure for name, figure in HEADER["quoted"].items()})
-    for name, seed in (("c100-", 0), ("c100-", 1), ("c100-untrained-", 0)):
-        gap = linear(f"{name}uni", seed) - linear(f"{name}lt", seed)
-        found[f"gap/{name}s{seed}"] = number(gap)
+    for name in ("pixels", "untrained", "ntxent", "balanced"):
+        uniform, tail = (np.mean([run["linear"] for run in select(row=f"sub-{name}-{subset}")])
+                         for subset in ("uni", "lt"))
+        found[f"gap/{name}"] = number(uniform - tail)
     # Figures: gap, bound, gap, bound, … by α
     gaps, control = (np.array(select(row=row)[0]["nscl"])[:, 1:] for row in
                      ("c100", "c100-untrained"))
