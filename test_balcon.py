@@ -19,7 +19,7 @@ Views
 - an augmentation changes its share of the images
 - parameters are drawn from the stated distributions
 - every rank sees its rows of the global batch of files
-- recipes are the papers
+- recipes are the papers or ours
 
 Data and model
 - images of every kind come out right and upright
@@ -413,12 +413,18 @@ IMAGENET = dict(
     SGD, alpha=4, lam=2, epochs=100, backbone="resnet50", stem="imagenet", projector=[2048] * 3,
     size=224, crop_scale=[0.2, 1], probe_optimizer="lars", probe_batch=4096, k=[200],
     augmentations=["color_jitter", "grayscale", "gaussian_blur", "flip"])
+RECIPES = {
+    "cifar10": CIFAR, "cifar100": CIFAR, "imagenet": IMAGENET,
+    "stl10": {**CIFAR, "stem": "imagenet", "size": 96},
+    "folder": {"backbone": "resnet18", "size": 128, "probe": "features", "k": [5]},
+    "patterns": {"alpha": 4, "lam": 2, "size": 32, "probe": "features", "k": [5]},
+}
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "imagenet"])
-def test_recipes_are_the_papers(dataset):  # A.3.1, A.4.1, A.4.2
+
+@pytest.mark.parametrize("dataset", RECIPES)
+def test_recipes_are_the_papers_or_ours(dataset):  # A.3.1, A.4.1, A.4.2
     cfg = vars(balcon.parse_flags(["--dataset", dataset]))
-    recipe = IMAGENET if dataset == "imagenet" else CIFAR
-    assert {name: cfg[name] for name in recipe} == recipe
+    assert {name: cfg[name] for name in RECIPES[dataset]} == RECIPES[dataset]
 
 
 # ----------------------------------------- data and model ---------------------------------
@@ -1445,6 +1451,15 @@ def test_losses_of_the_study_by_loops():
         pairs = [(x - y).square().sum() for x, y in itertools.combinations(view, 2)]
         loss += float(torch.stack(pairs).mul(-2).exp().mean().log()) / 2
     assert_close(instruments.wang_isola(z1, z2, 4, 2), loss / 2)
+
+
+def test_the_strong_recipe_has_no_batch_norm_in_its_projector(monkeypatch):
+    monkeypatch.setattr(balcon, "build_encoder", balcon.build_encoder)
+    monkeypatch.setattr(balcon.AUGMENTATIONS["grayscale"], "p", 0.2)
+    cfg = balcon.parse_flags(["--dataset", "cifar10", *instruments.strong_recipe()])
+    layers = balcon.build_encoder(cfg, CPU).projector
+    assert [list(p.shape) for p in layers.parameters()] == [[1024, 512], [1024], [128, 1024], [128]]
+    assert balcon.AUGMENTATIONS["grayscale"].p == 0.1
 
 
 if __name__ == "__main__":
