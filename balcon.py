@@ -502,13 +502,15 @@ class Encoder(nn.Module):
     def __init__(self, backbone, stem, widths):
         super().__init__()
         resnet = torchvision.models.resnet
-        if backbone == "resnet10":  # one block a stage, for small machines; torchvision has none
+        if backbone in ("resnet8", "resnet10"):  # one block a stage; torchvision has none
             net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
         else:
             net = torchvision.models.get_model(backbone, weights=None)
         if stem == "cifar":  # small images: no stride and no pooling before the first stage
             net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
             nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        if backbone == "resnet8":  # three stages: a fourth would see one pixel of a small image
+            net.layer4, net.fc.in_features = nn.Identity(), 256
         width, net.fc = net.fc.in_features, nn.Identity()
         layers = []
         for inputs, outputs in zip([width, *widths], widths):
@@ -1295,7 +1297,8 @@ def report(folders):
 
 
 # ----------------------------------------- command line -----------------------------------
-RESNETS = ["resnet10", *torchvision.models.list_models(torchvision.models, "*resne[tx]*")]
+RESNETS = ["resnet8", "resnet10",
+           *torchvision.models.list_models(torchvision.models, "*resne[tx]*")]
 # Every flag: its default, what it is, and its choices. Defaults are the CIFAR-10 recipe (A.4.1);
 # a type in place of a default means that there is none.
 FLAGS = {
@@ -1349,8 +1352,8 @@ FLAGS = {
 IDENTITY = ["dataset", *list(FLAGS)[:list(FLAGS).index("out")]]
 RECIPES = {  # what differs from the above
     "patterns": dict(  # ours: drawn images, for the demonstration
-        alpha=4.0, lam=2.0, epochs=7, batch_size=128, lr=0.5, backbone="resnet10", stem="imagenet",
-        projector=[512, 128], crop_scale=[0.3, 1.0], k=[5], probe="features", theory_images=512,
+        alpha=4.0, lam=2.0, epochs=7, batch_size=128, lr=0.5, backbone="resnet8", stem="imagenet",
+        projector=[512, 128], crop_scale=[0.3, 1.0], k=[5], probe="features", theory_images=256,
         eval=["knn", "linear", "bias", "bounds"]),
     "cifar10": {}, "cifar100": {},
     "stl10": dict(stem="imagenet", size=96),  # ours

@@ -523,10 +523,12 @@ def test_the_projector_and_the_stem_are_the_papers():  # A.3.1, A.4.1
     assert encoder.backbone.maxpool(conv(x)).shape == (1, 64, 32, 32)
 
 
-@pytest.mark.parametrize("name, blocks", [("resnet10", 1), ("resnet18", 2)])
+@pytest.mark.parametrize("name, blocks", [("resnet8", 1), ("resnet10", 1), ("resnet18", 2)])
 def test_backbones_are_torchvisions_and_init_takes_the_weights_that_fit(name, blocks, tmp_path):
     resnet, cfg = torchvision.models.resnet, balcon.parse_flags(["--projector", "8"])
     given, x = resnet.ResNet(resnet.BasicBlock, [blocks] * 4), torch.randn(2, 3, 32, 32)
+    if name == "resnet8":
+        given.layer4, given.fc.in_features = torch.nn.Identity(), 256
     weights, given.fc = given.state_dict(), torch.nn.Identity()
     cfg.init, cfg.backbone = tmp_path / "given.pt", name
     for content in (weights, {"backbone": given.state_dict(), "projector": {}, "step": 3}):
