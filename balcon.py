@@ -69,12 +69,13 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
     similarity: "cosine", or "dot" or "euclidean" (negative squared distance, footnote 3) of the
     projections as they are. Computed in float32 at least, also under autocast.
 
-    Under torch.distributed the anchors are this rank's and the negatives come from all ranks, of
-    the same m each; DDP's averaged gradient is that of one process with the whole batch.
-    Gradients are 1/α of those of NT-Xent as usually written, with temperature 1/α: multiply a
-    learning rate from the SimCLR literature by α, and divide its weight decay by α.
+    Under torch.distributed the anchors are this rank's m images, the negatives come from all
+    ranks, and m must be equal on all; DDP's averaged gradient is that of one process with the
+    whole batch. Gradients are 1/α of those of NT-Xent as usually written, with temperature 1/α:
+    multiply an SGD learning rate from the SimCLR literature by α, and divide its decay by α.
 
-    Raises ValueError for other shapes or similarities, α ≤ 0, λ < 0, or a batch of one image.
+    repel_positive and labels [m] make the two losses below. Raises ValueError for other shapes of
+    z1 and z2, other similarities, α ≤ 0, λ < 0, or a batch of one image.
     """
     if z1.shape != z2.shape or z1.dim() != 2:
         raise ValueError(f"z1 and z2 must both be [m, d], not {[*z1.shape]} and {[*z2.shape]}")
@@ -83,7 +84,7 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
     if not (0 < alpha < math.inf and 0 <= lam < math.inf):
         raise ValueError(f"alpha must be positive and lam at least 0, not {alpha} and {lam}")
     m, rank, world = len(z1), 0, 1
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():  # spelt out, so that it can be pasted
         rank, world = dist.get_rank(), dist.get_world_size()
     if m * world < 2:
         raise ValueError("one image has no negatives: the batch must hold at least two")
@@ -118,11 +119,12 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
             positive = -(z1 - z2).square().sum(1).repeat(2)
 
         # An anchor repels every candidate outside its own group: other images, views or classes.
-        group = rank * m + torch.arange(m, device=z.device).repeat(2)  # the image that a view shows
-        if repel_positive:
-            group = 2 * rank * m + torch.arange(2 * m, device=z.device)  # the view itself
         if labels is not None:
             group = labels.to(z.device).repeat(2)  # the class
+        elif repel_positive:
+            group = 2 * rank * m + torch.arange(2 * m, device=z.device)  # the view itself
+        else:
+            group = rank * m + torch.arange(m, device=z.device).repeat(2)  # the image it shows
         same_group = group[:, None] == gather_with_gradient(group)  # [2m, 2M]
         repel = (alpha * s).masked_fill(same_group, -math.inf).logsumexp(1)  # [2m]
         if labels is not None and repel.isneginf().any():
@@ -195,23 +197,23 @@ class ColorJitter(Augmentation):
     def draw(self, n, generator):
         factor = 1 + torch.empty(n, 3).uniform_(-self.strength, self.strength, generator=generator)
         shift = torch.empty(n, 1).uniform_(-self.hue, self.hue, generator=generator)
-        kind = torch.rand(n, 4, generator=generator).argsort(1)  # what comes at each turn; 3 is hue
+        kind = torch.rand(n, 4, generator=generator).argsort(1)  # what comes when; 3 is hue
         return torch.cat([factor, shift, kind], 1)  # [n, 8]
 
     def apply(self, x, t):
-        # Hue is slow, so it comes once, for all images. What an image has before its hue or after
-        # it gets a turn on that side; a factor of 1 leaves out the turn on the other side.
+        # Hue is slow, so the whole batch has it once. The first loop makes the changes that come
+        # before an image's hue, the second those after it; a factor of 1 changes nothing.
         factor, shift, kind = t.split([3, 1, 4], 1)
-        factor = factor.gather(1, kind.long().clamp(max=2))  # [n, 4]: by turn
-        hue_turn, turn = kind.argmax(1, keepdim=True), torch.arange(4)
-        before, after = factor.where(turn < hue_turn, 1), factor.where(turn > hue_turn, 1)
+        factor = factor.gather(1, kind.long().clamp(max=2))  # [n, 4]: of each change in its order
+        hue, place = kind.argmax(1, keepdim=True), torch.arange(4)
+        before, after = factor.where(place < hue, 1), factor.where(place > hue, 1)
         table = torch.stack([before, after, kind == 1, kind == 2])  # [4, n, 4]
         before, after, contrast, saturation = to_device(table, x.device)[..., None, None, None]
-        for turn in range(3):
-            x = blend(x, before[:, turn], contrast[:, turn], saturation[:, turn])
+        for i in range(3):
+            x = blend(x, before[:, i], contrast[:, i], saturation[:, i])
         x = shift_hue(x, to_device(shift, x.device)[..., None, None])
-        for turn in range(1, 4):
-            x = blend(x, after[:, turn], contrast[:, turn], saturation[:, turn])
+        for i in range(1, 4):
+            x = blend(x, after[:, i], contrast[:, i], saturation[:, i])
         return x
 
 
@@ -401,7 +403,7 @@ def rng(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-class Images(torch.utils.data.Dataset):
+class Images:
     """Images in memory, uint8 [N, 3, S, S] on the device, or the names of N files.
 
     labels: [N] on the CPU; −1 marks an image without one.
@@ -420,9 +422,11 @@ class Images(torch.utils.data.Dataset):
         return Images(images, labels, self.classes, self.cfg, self.device)
 
     def batches(self, order, views=None, n=1, key=()):
-        """For each (step, rows) of `order` yields step, x [n·b, 3, S, S] normalised: of this rank's
-        share of the rows n views of each image, view by view, or the plain images if views is None.
-        What is seen depends only on key, step and rows, not on the number of ranks.
+        """Yields step, x for each (step, rows) of `order`.
+
+        x [n·b, 3, S, S], normalised, shows this rank's b of the rows: n views of each, view by
+        view, or the plain images if there are no `views`. What is seen depends only on key, step
+        and rows, not on the number of ranks.
         """
         def requests():
             for step, rows in order:
@@ -509,9 +513,9 @@ class Encoder(nn.Module):
         if stem == "cifar":  # small images: no stride and no pooling before the first stage
             net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
             nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-        if backbone == "resnet8":  # three stages: a fourth would see one pixel of a small image
-            net.layer4, net.fc.in_features = nn.Identity(), 256
         width, net.fc = net.fc.in_features, nn.Identity()
+        if backbone == "resnet8":  # three stages: a fourth would see one pixel of a small image
+            net.layer4, width = nn.Identity(), 256
         layers = []
         for inputs, outputs in zip([width, *widths], widths):
             layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
@@ -531,7 +535,7 @@ def build_encoder(cfg, device):
         fits = {name: weight for name, weight in given.items()
                 if name in own and own[name].shape == weight.shape}
         if not fits:
-            raise UserError(f"--init {cfg.init}: none of its weights fits the backbone")
+            refuse(f"--init {cfg.init}: none of its weights fits the backbone")
         encoder.backbone.load_state_dict(fits, strict=False)
         misfits = sorted((own.keys() | given.keys()) - fits.keys())
         say(f"backbone from {cfg.init}; what does not fit: {' '.join(misfits) or 'nothing'}")
@@ -622,8 +626,9 @@ def pretrain(encoder, train, cfg):
             loss.backward()
             optimizer.step()
             run.after(step + 1, loss.detach(), lr, z1.detach())
-    for statistic in encoder.buffers() if world_size() > 1 else ():
-        dist.broadcast(statistic, 0)  # without SyncBatchNorm the ranks' batch norms differ
+    if world_size() > 1:
+        for statistic in encoder.buffers():
+            dist.broadcast(statistic, 0)  # without SyncBatchNorm the ranks' batch norms differ
     return run.seconds
 
 
@@ -653,7 +658,7 @@ class Pretraining:
             return
         loss = gather_rows(loss[None], world_size()).mean().item()
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step}: lower --lr")
+            refuse(f"the loss is {loss} at step {step}: lower --lr")
         if rank() > 0:
             return
         now, epoch, floor = time.perf_counter(), step / self.per_epoch, ""
@@ -890,8 +895,8 @@ def theory_images(train, cfg):
     data = train.select(balanced_subset(train.labels, n, "theory"))
     data.labels = data.labels.unique(return_inverse=True)[1]
     if data.labels.bincount().min() < 2:
-        raise UserError("bias and bounds compare images of a class, and some class has one image "
-                        "only: raise --theory-images")
+        refuse("bias and bounds compare images of a class, and some class has one image only: "
+               "raise --theory-images or --limit")
     return data, data.labels.to(train.device)
 
 
@@ -906,7 +911,7 @@ def mean_length(gaps):
 
     gaps: [N, 2, d], their difference, estimated from each half of K views. An estimate from K views
     has a squared length too large by about c/K, one from K/2 views by 2c/K. So twice the former
-    minus the latter is free of c (Richardson extrapolation).
+    minus the latter is free of c (Richardson extrapolation), if the N lengths are similar.
     """
     whole = gaps.mean(1).norm(dim=1)  # [N]
     half = gaps.norm(dim=2).mean(1)  # [N]
@@ -1010,8 +1015,9 @@ def read_folders(cfg):
     places = places[:2] if cfg.data / "train" in places else [cfg.data]
     splits = [read_folder(place) for place in places]
     files, labels, classes = splits[0]
-    for odd in sorted(set(classes) ^ set(splits[-1][2])):
-        raise UserError(f"the class {odd} is not in both {places[0]} and {places[1]}")
+    odd = sorted(set(classes) ^ set(splits[-1][2]))
+    if odd:
+        refuse(f"the class {odd[0]} is not in both {places[0]} and {places[1]}")
     if len(splits) == 2 or not classes or cfg.dataset != "folder":
         return splits
     tenth = (labels.bincount() / 10).ceil().minimum(labels.bincount() - 1)
@@ -1023,13 +1029,13 @@ def read_folders(cfg):
 def read_folder(folder):
     """(files, labels [N], classes) of folder/<class>/…, all that Pillow reads and is not hidden.
     Images beside the class folders, or fewer than two of these: no labels, all are −1."""
-    kinds = Image.registered_extensions()
-    readable = tuple(end for end in kinds if kinds[end] in Image.OPEN)
+    kinds = Image.registered_extensions().items()
+    readable = tuple(end for end, kind in kinds if kind in Image.OPEN and kind != "MPEG")
     names = glob.glob("**", root_dir=folder, recursive=True)  # hidden files are not among them
     names = sorted(name for name in names if name.lower().endswith(readable))
     if not names:
-        raise UserError(f"there is no image in {folder}: put class folders into {folder}/train and "
-                        f"{folder}/val, or name another place with --data")
+        refuse(f"there is no image in {folder}: --data names a folder of images, or one that holds "
+               "train/<class>/ and val/<class>/")
     files = np.array([os.path.join(folder, name) for name in names])
     classes, labels = np.unique([name.split(os.sep)[0] for name in names], return_inverse=True)
     if len(classes) < 2 or not all(os.sep in name for name in names):
@@ -1058,7 +1064,7 @@ def read_torchvision(dataset, root):
             dist.barrier()  # rank 0 downloads, the others wait
         parts = [kind(root, split, download=rank() == 0)
                  for split in (["train+unlabeled", "test"] if stl else [True, False])]
-        if rank() == 0 < world_size() - 1:
+        if rank() == 0 and world_size() > 1:
             dist.barrier()
     except (OSError, RuntimeError) as error:
         raise UserError(f"{dataset} is not in {root} and cannot be downloaded ({error}): put "
@@ -1071,16 +1077,16 @@ def read_torchvision(dataset, root):
 def rank_within_class(labels, *key):
     """[N]: 0 for the first image of its class in a random order, 1 for the second, and so on."""
     place, shuffled = torch.empty_like(labels), torch.randperm(len(labels), generator=rng(*key))
-    for label in labels.unique():
-        rows = shuffled[labels[shuffled] == label]
-        place[rows] = torch.arange(len(rows))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    counts = labels.unique(return_counts=True)[1].tolist()
+    place[by_class] = torch.cat([torch.arange(count) for count in counts])
     return place
 
 
 def balanced_subset(labels, n, *key):
     """Rows of n images, as equal in number per class as possible: a pure function of the key."""
     if n > len(labels):
-        raise UserError(f"{n} images are more than the {len(labels)} that there are")
+        refuse(f"{n} images are more than the {len(labels)} that there are")
     return rank_within_class(labels, *key).argsort(stable=True)[:n].sort().values
 
 
@@ -1093,13 +1099,13 @@ def training_subset(cfg, images, labels):
         names = ["/".join(Path(line).parts[-2:]) for line in lines]
         names = [name if name in row_of else name.rsplit(None, 1)[0] for name in names]
         if not names or not row_of.keys() >= set(names):
-            raise UserError(f"--subset-file {cfg.subset_file} must list files of training images")
+            refuse(f"--subset-file {cfg.subset_file} must list files of training images")
         return torch.tensor(sorted({row_of[name] for name in names}))
     if cfg.subset == "full":
         return balanced_subset(labels, cfg.limit, "limit")  # the same images for every seed
     rows = (labels >= 0).nonzero().squeeze(1)
     if not len(rows):
-        raise UserError(f"--subset {cfg.subset} needs labels")
+        refuse(f"--subset {cfg.subset} needs labels")
     labels, sizes = labels[rows], labels[rows].bincount()
     total = cfg.limit or round(len(rows) * 115_846 / 1_281_167)  # ImageNet-LT's share
     if cfg.subset == "uni":
@@ -1108,7 +1114,7 @@ def training_subset(cfg, images, labels):
     for count in long_tailed_counts(len(sizes), total, min(1280, int(sizes.max()))):
         free = ((sizes >= count) & (counts == 0)).nonzero().squeeze(1)
         if not len(free):
-            raise UserError(f"no class is left that has {count} images: lower --limit")
+            refuse(f"no class is left that has {count} images: lower --limit")
         counts[free[torch.randint(len(free), [], generator=generator)]] = count
     return rows[rank_within_class(labels, "subset", cfg.seed) < counts[labels]]
 
@@ -1117,8 +1123,8 @@ def long_tailed_counts(classes, total, largest=1280, smallest=5, shape=6):
     """ImageNet-LT's class sizes (A.3.4), the largest first: `smallest` plus quantiles of a Pareto
     law (Lomax, from 0), scaled and clipped at `largest` so that the sum is `total`."""
     if not smallest * classes <= total <= largest * classes:
-        raise UserError(f"{classes} classes of {smallest} to {largest} images cannot have {total} "
-                        f"images: change --limit")
+        refuse(f"{classes} classes of {smallest} to {largest} images cannot have {total} "
+               f"images: change --limit")
     tail = ((np.arange(classes) + 0.5) / classes) ** (-1 / shape) - 1
     low, high = 0.0, largest / tail.min()
     for _ in range(100):  # bisection: the sum grows with the scale
@@ -1270,18 +1276,27 @@ def markdown(rows):
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
 
 
+def first_line(log):
+    """{"config": …, "images": …}: what a run logs before its first step."""
+    try:
+        line = json.loads(open(log).readline())
+    except ValueError:
+        line = {}
+    return line if "config" in line else refuse(f"{log} is not the log of a run")
+
+
 def report(folders):
     """Print one table of the runs below these folders: the settings that differ, then figures of
     the last backbone, as mean ± standard deviation over the runs that differ in their seed only."""
     groups, names = {}, {}
     for log in sorted(sum((list(Path(place).rglob("log.jsonl")) for place in folders), [])):
-        config, stages = json.loads(open(log).readline())["config"], read_figures(log.parent)
+        config, stages = first_line(log)["config"], read_figures(log.parent)
         figures = stages.get("trained" if config["epochs"] else "untrained", {})
         config.pop("seed")
         groups.setdefault(json.dumps(config), []).append(figures)
         names |= figures
     if not groups:
-        raise UserError(f"--report: there is no run in {' '.join(map(str, folders))}")
+        refuse(f"--report: there is no run in {' '.join(map(str, folders))}")
     configs = [json.loads(text) for text in groups]
     differ = [key for key in configs[0] if any(c.get(key) != configs[0][key] for c in configs)]
     rows = [[*differ, "finished runs", *names]]
@@ -1416,9 +1431,9 @@ def parse_flags(argv=None):
     names = [name for name in cfg.augmentations if name not in dropped] + cfg.add
     cfg.views = Views(names, cfg.size, cfg.crop_scale)
     cfg.workers = min(cfg.workers, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    cfg.out = cfg.out or Path("runs", "_".join([cfg.dataset, *changes(cfg)]))
-    if cfg.checkpoint and first.out is None:
+    if cfg.checkpoint and cfg.out is None:
         cfg.out = cfg.checkpoint.with_name(f"{cfg.checkpoint.stem}-on-{cfg.dataset}")
+    cfg.out = cfg.out or Path("runs", "_".join([cfg.dataset, *changes(cfg)]))
     return cfg
 
 
@@ -1440,8 +1455,8 @@ def check(cfg):
                    "save_every", "workers"}
     for name, value in vars(cfg).items():
         least = 0 if name in may_be_zero else 1e-9
-        if type(value) in (int, float) and not least <= value < math.inf:
-            refuse(f"--{name.replace('_', '-')} {value} is too small or not finite")
+        if type(value) in (int, float) and not least <= value < 2 ** 63:
+            refuse(f"--{name.replace('_', '-')} {value} is too small or too large")
     if cfg.batch_size % processes or cfg.batch_size < 2:
         refuse(f"--batch-size {cfg.batch_size} must be 2 or more and divisible by the number of "
                f"processes, {processes}")
@@ -1458,7 +1473,7 @@ def check(cfg):
         refuse("--subset-file leaves nothing to choose to --subset and --limit")
     if cfg.theory_views % 2:
         refuse(f"--theory-views {cfg.theory_views} must be even")
-    config = json.loads(open(log).readline())["config"] if log.exists() else public(cfg)
+    config = first_line(log)["config"] if log.exists() else public(cfg)
     for key, value in public(cfg).items():
         if config.get(key) != value:
             refuse(f"--out {cfg.out} holds another run, with {key} {config.get(key)}, not {value}")
@@ -1473,7 +1488,8 @@ def check_images(cfg, train, test, labelled):
                    f"--batch-size {2 ** int(math.log2(len(train)))} would fit")
         if steps < 100 or cfg.batch_size < 32:
             say(f"warning: {steps} steps of {cfg.batch_size} images are too few to learn much")
-    if cfg.eval and (test is None or len(labelled.labels.unique()) < 2):
+    no_test = test is None and {"knn", "linear"} & set(cfg.eval)
+    if cfg.eval and (no_test or len(labelled.labels.unique()) < 2):
         if cfg.eval != recipe_of(cfg.dataset)["eval"]:
             refuse(f"--eval {' '.join(cfg.eval)} needs labels and test images: class folders "
                    f"{cfg.data}/train/<class>/ and {cfg.data}/val/<class>/")
@@ -1503,8 +1519,8 @@ def run(cfg):
     path, features = cfg.out / "results.json", {}
     results = json.loads(path.read_text()) if path.exists() else {"config": public(cfg)}
     if results.setdefault("step", step) != step:
-        raise UserError(f"{cfg.out} measured step {results['step']} of {cfg.checkpoint}, which is "
-                        f"now at step {step}: choose another --out")
+        refuse(f"{cfg.out} measured step {results['step']} of {cfg.checkpoint}, which is "
+               f"now at step {step}: choose another --out")
     undrawn = cfg.eval and not (cfg.out / "neighbors.png").exists()
 
     def save_results():
@@ -1552,16 +1568,21 @@ def start_log(cfg, parts, train, encoder):
     bf16 = [name for name, has in torch.cpu.get_capabilities().items() if has and "bf16" in name]
     if cfg.precision == "bfloat16" and train.device.type == "cpu" and not bf16:
         say("warning: this CPU has no bfloat16 arithmetic, so float32 would be faster")
-    if rank() > 0 or (cfg.out / "log.jsonl").exists():
+    images, log = [len(part) for part in parts], cfg.out / "log.jsonl"
+    before = first_line(log).get("images", images) if log.exists() else images
+    if before != images:
+        refuse(f"{cfg.out} was begun with {before} training and test images, and now there are "
+               f"{images}: choose another --out")
+    if rank() > 0 or log.exists():
         return
     cfg.out.mkdir(parents=True, exist_ok=True)
     git = subprocess.run("git describe --always --abbrev=40 --dirty", shell=True, text=True,
                          cwd=Path(__file__).resolve().parent, capture_output=True).stdout.strip()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     line = {"config": public(cfg), "argv": sys.argv, "git": git, "processes": world_size(),
-            "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "images": images, "torch": torch.__version__, "torchvision": torchvision.__version__,
             "hardware": gpus or f"{os.cpu_count()} CPU cores", "threads": torch.get_num_threads()}
-    save_file(cfg.out / "log.jsonl", json.dumps(line) + "\n")
+    save_file(log, json.dumps(line) + "\n")
 
 
 def conclude(cfg):

@@ -1100,6 +1100,8 @@ def place(tmp_path_factory):
     (root / "broken/train").mkdir(parents=True)
     (root / "broken/train/0.png").write_bytes((root / "flat/0.png").read_bytes()[:60])
     (root / "README").write_text("no checkpoint")
+    (root / "else").mkdir()
+    (root / "else/log.jsonl").write_text("no JSON")
     (root / "mortal.py").write_text(MORTAL)
     torch.save({"backbone": {"weight": torch.zeros(3)}}, root / "foreign.pt")
     for processes in (1, 2):
@@ -1198,6 +1200,7 @@ def test_the_demonstration_fails_unless_it_leaves_less_than_a_quarter_of_the_err
 BAD = {  # words, after "WORLD_SIZE=2" in the environment or nothing: what the sentence names
     "--loss softmax": "--loss", "--alpha -1": "--alpha -1", "--lam nan": "--lam nan",
     "--batch-size 4.5": "--batch-size", "--add flip": "twice: flip", "--theory-views 3": "views 3",
+    "--report else": "else/log.jsonl", "--out else": "else/log.jsonl", f"--seed {2 ** 64}": "--seed",
     "--k 5 0": "--k", "--crop-scale 0.5": "--crop-scale", "--crop-scale 1 0.5": "--crop-scale",
     "--dataset folder --data nowhere --export features.npz": "nowhere",
     "--dataset cifar10 --data broken": "broken/train/0.png",
@@ -1239,6 +1242,20 @@ def test_a_corrupt_image_is_named_and_with_a_good_one_the_same_command_goes_on(p
     assert code == 2 and sentence.count("\n") == 1
     assert sentence.startswith("balcon: cannot read the image photos/train/a/12.png")
     assert run_here(*flags)[0] == 0 and results_of(place / "own")["untrained"]["knn"]
+    new = place / "photos/train/a/new.png"
+    new.write_bytes(good)
+    code, _, sentence = run_here(*flags)  # another image would move what a step sees
+    new.unlink()
+    assert code == 2 and "[44, 12] training and test images, and now there are [45, 12]" in sentence
+
+
+def test_theory_needs_labels_but_no_test_images():
+    cfg = balcon.parse_flags("--epochs 0 --eval bias".split())
+    train = balcon.Images(torch.zeros(4, 3, 32, 32), torch.tensor([0, 1, 1, 0]), [], cfg, CPU)
+    assert balcon.check_images(cfg, train, None, train) == ["bias"]
+    cfg.eval = ["bias", "knn"]
+    with pytest.raises(balcon.UserError, match="--eval bias knn needs labels and test images"):
+        balcon.check_images(cfg, train, None, train)
 
 
 # ----------------------------------------- benchmark --------------------------------------
