@@ -72,7 +72,7 @@ FOUR = "ntxent-a2-l1 balanced-a2-l1 balanced-a2-l4 balanced-a4-l2"
 RUN_TABLES = {
     "cifar10-all": ("", {
         "": "method", "runs": "runs", "kNN, k = 1": "knn1", "kNN, k = 10": "knn10",
-        "linear": "linear", "views": "views", "minutes": "minutes", "paper: linear": "paper"}),
+        "linear": "linear", "paper: linear": "paper"}),
     "small": ("balanced-a2-l4 balanced-a2-l1 ntxent-a2-l4 ntxent-a2-l1 untrained pixels "
               "long-balanced r18-balanced-a2-l4 r18-ntxent-a2-l1 untrained-r18", {
                   "": "method", "network": "backbone", "steps": "steps", **ACCURACY,
@@ -164,6 +164,17 @@ def rate_rows():
     return rows
 
 
+def validation_rows():
+    """Each α, λ over its rates."""
+    rates = (0.1, 0.2, 0.4, 0.8)
+    rows = [["", *(f"{what}, {rate}" for what in ("linear", "kNN") for rate in rates)]]
+    for (method,), runs in by(select(preset="V"), "method").items():
+        at = by(runs, "lr")
+        rows.append([method, *(show(at.get((rate,), []), field)
+                               for field in ("linear", "knn10") for rate in rates)])
+    return rows
+
+
 def product_rows():
     heads = [f"{loss}: {what}" for loss in ("balanced", "NT-Xent")
              for what in ("linear", "kNN", "s⁺", "paper")]
@@ -195,7 +206,8 @@ def model_rows():
     return rows
 
 
-SPECIAL = {"noise": noise_rows, "rates": rate_rows, "product": product_rows, "models": model_rows,
+SPECIAL = {"noise": noise_rows, "rates": rate_rows, "validation": validation_rows,
+           "product": product_rows, "models": model_rows,
            "bounds": bounds_rows, "nscl": nscl_rows}
 
 
@@ -278,12 +290,11 @@ def bias_figures():
 def derived():
     found = {**noise_figures(), **product_figures(), **loss_figures(), **bias_figures()}
     for field in ("linear", "knn1", "knn10"):
-        better, worse = (select(row=f"trial-{n}")[0][field] for n in (2, 3))
-        found[f"trial/{field}"] = number(better - worse, 1)
-        better, *others = (np.mean([run[field] for run in select(row=row)]) for row in (
-            "all-balanced-a2-l4", "all-balanced-a2-l1", "all-ntxent-a2-l1", "all-untrained"))
-        for name, other in zip(("balanced", "ntxent", "untrained"), others):
-            found[f"all/{name}/{field}"] = number(better - other, 1)
+        mean = {row: np.mean([run[field] for run in runs])
+                for (row,), runs in by(select(kind="cifar10-all"), "row").items()}
+        for row, value in mean.items():  # of (2, 4) over the other rows
+            found[f"{row}/behind/{field}"] = number(mean["all-balanced-a2-l4"] - value, 1)
+            found[f"{row}/ahead/{field}"] = number(value - mean["all-balanced-a2-l4"], 1)
     found["paper/4-1"] = number(PAPER["balanced"][2][0])
     found["paper/headline"] = number(PAPER["balanced"][1][2] - PAPER["ntxent"][1][0])
     views = select(row="balanced-a2-l4")[0]["views"]
