@@ -126,7 +126,10 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
         else:
             group = rank * m + torch.arange(m, device=z.device).repeat(2)  # the image it shows
         same_group = group[:, None] == gather_with_gradient(group)  # [2m, 2M]
-        repel = (alpha * s).masked_fill(same_group, -math.inf).logsumexp(1)  # [2m]
+        logits = alpha * s
+        with torch.no_grad():  # the gradient of e^−∞ is 0 without being masked
+            logits.masked_fill_(same_group, -math.inf)
+        repel = logits.logsumexp(1)  # [2m]
         if labels is not None and repel.isneginf().any():
             raise ValueError("no negatives: the whole batch is of one class")
         return (lam / alpha * repel - positive).mean()
