@@ -73,8 +73,8 @@ RUN_TABLES = {
     "cifar10-all": ("", {
         "": "method", "runs": "runs", "kNN, k = 1": "knn1", "kNN, k = 10": "knn10",
         "linear": "linear", "paper: linear": "paper"}),
-    "small": ("balanced-a2-l4 balanced-a2-l1 ntxent-a2-l4 ntxent-a2-l1 untrained pixels "
-              "long-balanced r18-balanced-a2-l4 r18-ntxent-a2-l1 untrained-r18", {
+    "small": ("balanced-a2-l4 ntxent-a2-l1 untrained pixels long-balanced "
+              "r18-balanced-a2-l4 r18-ntxent-a2-l1 untrained-r18", {
                   "": "method", "network": "backbone", "steps": "steps", **ACCURACY,
                   "paper: linear": "paper"}),
     "bias": ("balanced-a2-l4 blur noise cutout rotation nocolor", {
@@ -145,15 +145,6 @@ def seed_pairs():
     return [runs[:2] for runs in groups if len(runs) > 1 and runs[0]["epochs"]]
 
 
-def noise_rows():
-    rows = [["preset and flags", "linear: seed 0", "seed 1", "kNN: seed 0", "seed 1"]]
-    for first, second in seed_pairs():
-        flags = f"{first['preset']} `{first.get('argv', '')}`".replace(" ``", "")
-        rows.append([flags, *(number(run[field]) for field in ("linear", "knn1")
-                              for run in (first, second))])
-    return rows
-
-
 def rate_rows():
     rates = ("lr0.05-", "", "lr0.2-", "lr0.4-")
     numbers = ("0.05", "0.1", "0.2", "0.4")
@@ -207,9 +198,8 @@ def model_rows():
     return rows
 
 
-SPECIAL = {"noise": noise_rows, "rates": rate_rows, "validation": validation_rows,
-           "product": product_rows, "models": model_rows,
-           "bounds": bounds_rows, "nscl": nscl_rows}
+SPECIAL = {"rates": rate_rows, "validation": validation_rows, "product": product_rows,
+           "models": model_rows, "bounds": bounds_rows, "nscl": nscl_rows}
 
 
 # ------------------------------------------ figures in sentences ---------------------------
