@@ -160,7 +160,8 @@ def validation_rows():
     """Each α, λ over its rates."""
     rates = (0.1, 0.2, 0.4, 0.8)
     rows = [["", *(f"{what}, {rate}" for what in ("linear", "kNN") for rate in rates)]]
-    for (method,), runs in by(select(preset="V"), "method").items():
+    cells = sorted(select(preset="V", epochs=12), key=lambda run: (run["alpha"] * run["lam"], run["alpha"]))
+    for (method,), runs in by(cells, "method").items():
         at = by(runs, "lr")
         rows.append([method, *(show(at.get((rate,), []), field)
                                for field in ("linear", "knn10") for rate in rates)])
@@ -286,6 +287,9 @@ def derived():
         for row, value in mean.items():  # of (2, 4) over the other rows
             found[f"{row}/behind/{field}"] = number(mean["all-balanced-a2-l4"] - value, 1)
             found[f"{row}/ahead/{field}"] = number(value - mean["all-balanced-a2-l4"], 1)
+    best = {cell: max(run["linear"] for run in runs)
+            for cell, runs in by(select(preset="V", epochs=12), "alpha", "lam").items()}
+    found["val/gain"] = number(best[2, 4] - best[2, 1], 1)
     found["paper/4-1"] = number(PAPER["balanced"][2][0])
     found["paper/headline"] = number(PAPER["balanced"][1][2] - PAPER["ntxent"][1][0])
     views = select(row="balanced-a2-l4")[0]["views"]
