@@ -460,7 +460,7 @@ def test_images_of_every_kind_come_out_right_and_upright(tmp_path):
 
 def test_folders_are_classes_and_hidden_files_and_others_are_left_out(tmp_path):
     put_images(tmp_path / "train", "снег/a.png", "猫/b.GIF", "猫/c/d.jpg", "猫/.e.png", ".f/g.png")
-    put_images(tmp_path / "train", "猫/notes.txt")
+    put_images(tmp_path / "train", "猫/notes.txt", "猫/film.mpg", "猫/scan.pdf")
     put_images(tmp_path / "val", "猫/a.png", "снег/b.png")
     train, test = loaded(tmp_path)
     assert train.classes == ["снег", "猫"] and test.labels.tolist() == [0, 1]
@@ -487,6 +487,11 @@ def test_a_fixed_tenth_is_held_out_and_limit_keeps_the_same_images_for_every_see
     some, again = (loaded(tmp_path, "--limit", "12", "--seed", seed) for seed in "01")
     assert some[0].labels.bincount().tolist() == [8, 4]
     assert all((a.images == b.images).all() for a, b in zip(some, again))
+    labels = torch.tensor([1, 0]).repeat(50)
+    places = [balcon.rank_within_class(labels, key).view(50, 2).T for key in "aab"]
+    assert all(place.sort().values.equal(torch.arange(50).repeat(2, 1)) for place in places)
+    assert places[0].equal(places[1]) and not places[0].equal(places[2])
+    assert not places[0][0].equal(torch.arange(50)) and not places[0][0].equal(places[0][1])
 
 
 def test_drawn_patterns_are_balanced_and_no_image_is_drawn_twice():

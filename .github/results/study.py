@@ -103,7 +103,7 @@ RUN_TABLES = {
         "linear": "linear", "seconds": "seconds"}),
     "limit": ("", {"": "method", "runs": "runs", "kNN, k = 1": "knn1", "kNN, k = 10": "knn10",
                    "linear": "linear", "views": "views"}),
-    "strong": ("", {"": "method", **ACCURACY}),
+    "strong": ("", {"": "method", "rate": "lr", **ACCURACY}),
     "speed": ("", {"": "label", "ratio": "ratio", "commit": "git"}),
 }
 
