@@ -145,17 +145,6 @@ def seed_pairs():
     return [runs[:2] for runs in groups if len(runs) > 1 and runs[0]["epochs"]]
 
 
-def rate_rows():
-    rates = ("lr0.05-", "", "lr0.2-", "lr0.4-")
-    numbers = ("0.05", "0.1", "0.2", "0.4")
-    rows = [["", *(f"{what}, {n}" for what in ("linear", "kNN") for n in numbers)]]
-    for method in ("balanced-a2-l4", "ntxent-a2-l4", "balanced-a2-l1", "ntxent-a2-l1"):
-        groups = [select(row=rate + method) for rate in rates]
-        figures = [show(runs, field) for field in ("linear", "knn1") for runs in groups]
-        rows.append([select(row=method)[0]["method"], *figures])
-    return rows
-
-
 def validation_rows():
     """Each α, λ over its rates."""
     rates = (0.1, 0.2, 0.4, 0.8)
@@ -199,7 +188,7 @@ def model_rows():
     return rows
 
 
-SPECIAL = {"rates": rate_rows, "validation": validation_rows, "product": product_rows,
+SPECIAL = {"validation": validation_rows, "product": product_rows,
            "models": model_rows, "bounds": bounds_rows, "nscl": nscl_rows}
 
 
