@@ -5,7 +5,7 @@
 A reproduction of "Understanding Self-supervised Contrastive Learning through Supervised
 Objectives" (TMLR 2025, arXiv 2510.10572). Equation, table and section numbers are the paper's.
 
-    python balcon.py                               # a laptop: a few minutes, no download
+    python balcon.py                               # a laptop: a minute or two, no download
     python balcon.py --dataset cifar10             # one GPU: the paper's CIFAR-10 recipe
     torchrun --nproc_per_node=8 balcon.py --dataset imagenet --alpha 4 --lam 2
 
