@@ -127,7 +127,7 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
             group = rank * m + torch.arange(m, device=z.device).repeat(2)  # the image it shows
         same_group = group[:, None] == gather_with_gradient(group)  # [2m, 2M]
         logits = alpha * s
-        with torch.no_grad():  # the gradient of e^−∞ is 0 without being masked
+        with torch.no_grad():  # outside the graph: the softmax gives −∞ no gradient
             logits.masked_fill_(same_group, -math.inf)
         repel = logits.logsumexp(1)  # [2m]
         if labels is not None and repel.isneginf().any():

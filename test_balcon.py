@@ -1205,7 +1205,8 @@ def test_the_demonstration_fails_unless_it_leaves_less_than_a_quarter_of_the_err
 BAD = {  # words, after "WORLD_SIZE=2" in the environment or nothing: what the sentence names
     "--loss softmax": "--loss", "--alpha -1": "--alpha -1", "--lam nan": "--lam nan",
     "--batch-size 4.5": "--batch-size", "--add flip": "twice: flip", "--theory-views 3": "views 3",
-    "--report else": "else/log.jsonl", "--out else": "else/log.jsonl", f"--seed {2 ** 64}": "--seed",
+    "--report else": "else/log.jsonl", "--out else": "else/log.jsonl",
+    f"--seed {2 ** 64}": "--seed",
     "--k 5 0": "--k", "--crop-scale 0.5": "--crop-scale", "--crop-scale 1 0.5": "--crop-scale",
     "--dataset folder --data nowhere --export features.npz": "nowhere",
     "--dataset cifar10 --data broken": "broken/train/0.png",
@@ -1369,7 +1370,8 @@ def test_results_page_is_what_the_runs_say():
     (r"(\| balanced \(2, 4\) +\| ResNet-10 .*?)(34\.22 ± 0\.73)(.*?)(44\.85 ± 0\.41)", r"\1\4\3\2"),
     (r"(cosine )([\d.]+)(<!--\S+?-->, Euclidean )([\d.]+)", r"\1\4\3\2"),
     # a figure of a sentence, changed or replaced by a word; a row left out
-    (r"0\.325(<!--all-ntxent-a8-l4/positive-->)", r"0.352\1"), (r"−0\.03(<!--loss/mean-->)", r"−3.00\1"),
+    (r"0\.325(<!--all-ntxent-a8-l4/positive-->)", r"0.352\1"),
+    (r"−0\.03(<!--loss/mean-->)", r"−3.00\1"),
     (r"0\.20(<!--r2/all-->)", r"high\1"), (r"\| base .*\n", ""),
 ])
 def test_a_falsified_results_page_is_found_out(pattern, change, tmp_path, monkeypatch):
