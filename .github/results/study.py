@@ -103,7 +103,6 @@ RUN_TABLES = {
         "linear": "linear", "seconds": "seconds"}),
     "limit": ("", {"": "method", "runs": "runs", "kNN, k = 1": "knn1", "kNN, k = 10": "knn10",
                    "linear": "linear", "views": "views"}),
-    "strong": ("", {"": "method", "rate": "lr", **ACCURACY}),
     "speed": ("", {"": "label", "ratio": "ratio", "commit": "git"}),
 }
 
@@ -145,11 +144,12 @@ def seed_pairs():
     return [runs[:2] for runs in groups if len(runs) > 1 and runs[0]["epochs"]]
 
 
-def validation_rows():
-    """Each α, λ over its rates."""
-    rates = (0.1, 0.2, 0.4, 0.8)
+def rate_rows(preset):
+    """Each method over its rates."""
+    runs = select(preset=preset, epochs=12)
+    rates = sorted({run["lr"] for run in runs})
     rows = [["", *(f"{what}, {rate}" for what in ("linear", "kNN") for rate in rates)]]
-    cells = sorted(select(preset="V", epochs=12), key=lambda run: (run["alpha"] * run["lam"], run["alpha"]))
+    cells = sorted(runs, key=lambda run: (run["alpha"] * run["lam"], run["alpha"]))
     for (method,), runs in by(cells, "method").items():
         at = by(runs, "lr")
         rows.append([method, *(show(at.get((rate,), []), field)
@@ -188,8 +188,8 @@ def model_rows():
     return rows
 
 
-SPECIAL = {"validation": validation_rows, "product": product_rows,
-           "models": model_rows, "bounds": bounds_rows, "nscl": nscl_rows}
+SPECIAL = {"validation": functools.partial(rate_rows, "V"), "product": product_rows,
+           "strong": functools.partial(rate_rows, "VS"), "models": model_rows, "bounds": bounds_rows, "nscl": nscl_rows}
 
 
 # ------------------------------------------ figures in sentences ---------------------------
