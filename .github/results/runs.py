@@ -14,8 +14,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 NAMES = {"balanced": "balanced", "ntxent": "NT-Xent", "quadratic": "quadratic limit",
          "wang_isola": "Wang & Isola", "resnet10": "ResNet-10", "resnet18": "ResNet-18",
-         "euclidean": "negative squared distance", "dot": "dot product", "uni": "uniform",
-         "lt": "long-tailed", "full": "all 50,000"}
+         "uni": "uniform", "lt": "long-tailed", "full": "all 50,000"}
 
 
 # ------------------------------------------ runs ------------------------------------------
@@ -42,7 +41,7 @@ def read(line, presets):
     run["method"] = run.get("label", f"{loss} ({run['alpha']:g}, {run['lam']:g})")
     run["used"] = run.get("evaluated", run["subset"])
     if run.get("epochs") == 0:
-        run.update(subset="–", similarity="–", strategy="–")
+        run.update(subset="–", strategy="–")
         run["method"] = "raw pixels" if run.get("backbone") == "pixels" else "untrained"
     elif run["loss"] in PAPER and {run["alpha"], run["lam"]} <= set(PAPER["axis"]):
         place = PAPER["axis"].index(run["alpha"]), PAPER["axis"].index(run["lam"])

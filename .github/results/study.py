@@ -81,8 +81,6 @@ RUN_TABLES = {
         "": "strategy", **ACCURACY, "Eq. 51": "eq51", "Eq. 16": "eq16",
         "Eq. 16 / distance": "relative", "the same, features": "relative_features",
         "the same, 100 images": "relative_100"}),
-    "similarities": ("ntxent-a2-l1 sim-euclidean sim-dot untrained pixels", {
-        "": "method", "similarity": "similarity", **ACCURACY}),
     "distributions": ("sub-pixels-uni sub-pixels-lt sub-untrained-uni sub-untrained-lt "
                       "sub-ntxent-uni sub-ntxent-lt sub-balanced-uni sub-balanced-lt "
                       "sub-pixels-full sub-untrained-full sub-ntxent-uni-full "
@@ -189,7 +187,8 @@ def model_rows():
 
 
 SPECIAL = {"validation": functools.partial(rate_rows, "V"), "product": product_rows,
-           "strong": functools.partial(rate_rows, "VS"), "models": model_rows, "bounds": bounds_rows, "nscl": nscl_rows}
+           "strong": functools.partial(rate_rows, "VS"), "models": model_rows,
+           "bounds": bounds_rows, "nscl": nscl_rows}
 
 
 # ------------------------------------------ figures in sentences ---------------------------
