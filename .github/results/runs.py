@@ -13,8 +13,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 NAMES = {"balanced": "balanced", "ntxent": "NT-Xent", "quadratic": "quadratic limit",
-         "wang_isola": "Wang & Isola", "resnet10": "ResNet-10", "resnet18": "ResNet-18",
-         "uni": "uniform", "lt": "long-tailed", "full": "all 50,000"}
+         "wang_isola": "Wang & Isola", "resnet8": "ResNet-8", "resnet10": "ResNet-10",
+         "resnet18": "ResNet-18", "uni": "uniform", "lt": "long-tailed", "full": "all 50,000"}
 
 
 # ------------------------------------------ runs ------------------------------------------

@@ -73,6 +73,12 @@ RUN_TABLES = {
     "cifar10-all": ("", {
         "": "method", "runs": "runs", "kNN, k = 1": "knn1", "kNN, k = 10": "knn10",
         "linear": "linear", "paper: linear": "paper"}),
+    "own": ("", {
+        "": "method", "rate": "lr", "runs": "runs", "kNN, k = 1": "knn1",
+        "kNN, k = 10": "knn10", "linear": "linear", "paper: linear": "paper"}),
+    "board": ("", {"network": "backbone", "crops": "size", "": "method", "rate": "lr",
+                   "minutes": "minutes", "views": "views", "kNN, k = 10": "knn10",
+                   "linear": "linear"}),
     "small": ("balanced-a2-l4 ntxent-a2-l1 untrained pixels long-balanced "
               "r18-balanced-a2-l4 r18-ntxent-a2-l1 untrained-r18", {
                   "": "method", "network": "backbone", "steps": "steps", **ACCURACY,
