@@ -30,7 +30,7 @@ TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FIGURE = re.compile(r"((?:[−\d.,]+ ± )?[^\s(|<>]*)<!--(\S+?)-->")  # whatever stands there
 DIGITS = {
     "views": 0, "steps": 0, "minutes": 0, "seconds": 0, "b_negative": 0, "angle": 1, "paper": 2,
-    "lr": 2, "positive": 3, "nu": 3, "gaps": 3, "bounds": 3, "same_class": 3, "lam_share": 3,
+    "lr": 1, "size": 0, "positive": 3, "nu": 3, "gaps": 3, "bounds": 3, "same_class": 3, "lam_share": 3,
     "own_share": 3, "by_chance": 3, "se_100": 3, "ntxent_positive": 4, "eq51": 4, "eq51_se": 4,
     "eq16": 4, "relative": 4, "relative_features": 4, "relative_100": 4}
 
