@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import balcon  # noqa: E402
@@ -237,3 +238,13 @@ def train(kind, *flags):
         balcon.LOSSES[kind] = {"quadratic": quadratic, "wang_isola": wang_isola}[kind]
         flags = ["--loss", kind, *flags]
     balcon.main(["--dataset", "cifar10", *flags])
+
+
+def picture(before, after):
+    """README's picture from two runs' neighbors.png: a test image, its five neighbours in the
+    first run, its five neighbours in the second."""
+    pictures = (Image.open(path).convert("RGB") for path in (before, after))
+    before, after = map(np.asarray, pictures)
+    side, gap = 74, np.full_like(before[:, :20], 255)
+    joined = np.hstack([before[:, :6 * side], gap, after[:, side:6 * side + 2]])
+    Image.fromarray(joined).save(Path(__file__).with_name("neighbors.png"), optimize=True)

@@ -5,6 +5,7 @@
     python .github/results/study.py figures           # draw the *.svg beside this file
     python .github/results/study.py measure last.pt repulsion nscl fewshot cdnv [flags of balcon.py]
     python .github/results/study.py pixels [flags of balcon.py]
+    python .github/results/study.py picture before/neighbors.png after/neighbors.png
     python .github/results/study.py train quadratic --alpha 2 --lam 4 [flags of balcon.py]
 
 runs.jsonl: line 1 holds what is common, every other line is one run; ids that differ only in
