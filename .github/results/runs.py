@@ -41,7 +41,7 @@ def read(line, presets):
     run["method"] = run.get("label", f"{loss} ({run['alpha']:g}, {run['lam']:g})")
     run["used"] = run.get("evaluated", run["subset"])
     if run.get("epochs") == 0:
-        run.update(subset="–", strategy="–")
+        run.update(subset="–", strategy="–", lr="–")
         run["method"] = "raw pixels" if run.get("backbone") == "pixels" else "untrained"
     elif run["loss"] in PAPER and {run["alpha"], run["lam"]} <= set(PAPER["axis"]):
         place = PAPER["axis"].index(run["alpha"]), PAPER["axis"].index(run["lam"])

@@ -71,12 +71,10 @@ def markdown(rows):
 ACCURACY = {"runs": "runs", "kNN, k = 1": "knn1", "linear": "linear"}
 THREE = "ntxent-a2-l1 balanced-a2-l4 balanced-a4-l2"
 RUN_TABLES = {
-    "cifar10-all": ("", {
-        "": "method", "runs": "runs", "kNN, k = 1": "knn1", "kNN, k = 10": "knn10",
-        "linear": "linear", "paper: linear": "paper"}),
-    "own": ("", {
-        "": "method", "rate": "lr", "runs": "runs", "kNN, k = 1": "knn1",
-        "kNN, k = 10": "knn10", "linear": "linear", "paper: linear": "paper"}),
+    "own": ("own-balanced-a8-l4 own-ntxent-a8-l4 own-balanced-a4-l1 own-balanced-a2-l4 "
+            "own-balanced-a2-l1 own-ntxent-a2-l1 own-untrained all-pixels", {
+                "": "method", "rate": "lr", "kNN, k = 1": "knn1", "kNN, k = 10": "knn10",
+                "linear": "linear", "paper: linear": "paper"}),
     "board": ("", {"network": "backbone", "crops": "size", "": "method", "rate": "lr",
                    "minutes": "minutes", "views": "views", "kNN, k = 10": "knn10",
                    "linear": "linear"}),
@@ -274,18 +272,18 @@ def bias_figures():
 def derived():
     found = {**noise_figures(), **product_figures(), **loss_figures(), **bias_figures()}
     for field in ("linear", "knn1", "knn10"):
-        mean = {row: np.mean([run[field] for run in runs])
-                for (row,), runs in by(select(kind="cifar10-all"), "row").items()}
-        for row, value in mean.items():  # of (2, 4) over the other rows
-            found[f"{row}/behind/{field}"] = number(mean["all-balanced-a2-l4"] - value, 1)
-            found[f"{row}/ahead/{field}"] = number(value - mean["all-balanced-a2-l4"], 1)
+        value = {run["row"]: run[field] for run in RUNS if run["row"].startswith("own-")}
+        for row in value:  # (2, 4) over the other rows
+            found[f"{row}/behind/{field}"] = number(value["own-balanced-a2-l4"] - value[row], 1)
+            found[f"{row}/ahead/{field}"] = number(value[row] - value["own-balanced-a2-l4"], 1)
     best = {cell: max(run["linear"] for run in runs)
             for cell, runs in by(select(preset="V", epochs=12), "alpha", "lam").items()}
     found["val/gain"] = number(best[2, 4] - best[2, 1], 1)
     found["paper/4-1"] = number(PAPER["balanced"][2][0])
     found["paper/headline"] = number(PAPER["balanced"][1][2] - PAPER["ntxent"][1][0])
-    views = select(row="balanced-a2-l4")[0]["views"]
-    found["scale/percent"] = number(100 * views / PAPER["views"], 1)
+    for name, row in {"scale": "balanced-a2-l4", "half-hour": "half-hour"}.items():
+        views = select(row=row)[0]["views"]
+        found[f"{name}/percent"] = number(100 * views / PAPER["views"], 1)
     found.update({f"quoted/{name}": figure for name, figure in HEADER["quoted"].items()})
     for name in ("untrained", "ntxent", "balanced"):
         uniform, tail = (np.mean([run["linear"] for run in select(row=f"sub-{name}-{subset}")])
