@@ -146,7 +146,7 @@ def seed_pairs():
 
 def rate_rows(preset):
     """Each method over its rates."""
-    runs = select(preset=preset, epochs=12)
+    runs = select(preset=preset, epochs=12, strategy="base")
     rates = sorted({run["lr"] for run in runs})
     rows = [["", *(f"{what}, {rate}" for what in ("linear", "kNN") for rate in rates)]]
     cells = sorted(runs, key=lambda run: (run["alpha"] * run["lam"], run["alpha"]))
@@ -277,7 +277,7 @@ def derived():
             found[f"{row}/behind/{field}"] = number(value["own-balanced-a2-l4"] - value[row], 1)
             found[f"{row}/ahead/{field}"] = number(value[row] - value["own-balanced-a2-l4"], 1)
     best = {cell: max(run["linear"] for run in runs)
-            for cell, runs in by(select(preset="V", epochs=12), "alpha", "lam").items()}
+            for cell, runs in by(select(preset="V", epochs=12, strategy="base"), "alpha", "lam").items()}
     found["val/gain"] = number(best[2, 4] - best[2, 1], 1)
     found["paper/4-1"] = number(PAPER["balanced"][2][0])
     found["paper/headline"] = number(PAPER["balanced"][1][2] - PAPER["ntxent"][1][0])
