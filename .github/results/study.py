@@ -276,8 +276,8 @@ def derived():
         for row in value:  # (2, 4) over the other rows
             found[f"{row}/behind/{field}"] = number(value["own-balanced-a2-l4"] - value[row], 1)
             found[f"{row}/ahead/{field}"] = number(value[row] - value["own-balanced-a2-l4"], 1)
-    best = {cell: max(run["linear"] for run in runs)
-            for cell, runs in by(select(preset="V", epochs=12, strategy="base"), "alpha", "lam").items()}
+    validated = by(select(preset="V", epochs=12, strategy="base"), "alpha", "lam").items()
+    best = {cell: max(run["linear"] for run in runs) for cell, runs in validated}
     found["val/gain"] = number(best[2, 4] - best[2, 1], 1)
     found["paper/4-1"] = number(PAPER["balanced"][2][0])
     found["paper/headline"] = number(PAPER["balanced"][1][2] - PAPER["ntxent"][1][0])
