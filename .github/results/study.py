@@ -86,9 +86,9 @@ RUN_TABLES = {
         "": "strategy", **ACCURACY, "Eq. 51": "eq51", "Eq. 16": "eq16",
         "Eq. 16 / distance": "relative", "the same, features": "relative_features",
         "the same, 100 images": "relative_100"}),
-    "distributions": ("sub-untrained-uni sub-untrained-lt "
+    "distributions": ("sub-pixels-uni sub-pixels-lt sub-untrained-uni sub-untrained-lt "
                       "sub-ntxent-uni sub-ntxent-lt sub-balanced-uni sub-balanced-lt "
-                      "sub-untrained-full sub-ntxent-uni-full "
+                      "sub-pixels-full sub-untrained-full sub-ntxent-uni-full "
                       "sub-ntxent-lt-full sub-balanced-uni-full sub-balanced-lt-full", {
                           "": "method", "pretrained on": "subset",
                           "classifier and kNN use": "used", **ACCURACY}),
