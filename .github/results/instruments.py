@@ -230,10 +230,45 @@ def strong_recipe():
     return ["--weight-decay", "5e-4", "--crop-scale", "0.2", "1", "--projector", "1024", "128"]
 
 
+class RoundToBFloat16(torch.autograd.Function):
+    """Values and gradients as bfloat16 holds them, kept in float32."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.bfloat16().float()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.bfloat16().float()
+
+
+def round_to_bfloat16(network):
+    """What autocast to bfloat16 does to a network, on a CPU that computes in float32 only: inputs,
+    outputs and gradients of every layer are rounded, and the weights of those that multiply."""
+    rounded = RoundToBFloat16.apply
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.forward = lambda x, layer=layer: rounded(
+                layer._conv_forward(rounded(x), rounded(layer.weight), layer.bias))
+        elif isinstance(layer, nn.Linear):
+            layer.forward = lambda x, layer=layer: rounded(
+                F.linear(rounded(x), rounded(layer.weight), layer.bias))
+        elif not list(layer.children()):
+            layer.register_forward_hook(lambda layer, x, output: rounded(output))
+    return network
+
+
+def bfloat16_recipe():
+    build = balcon.build_encoder
+    balcon.build_encoder = lambda cfg, device: round_to_bfloat16(build(cfg, device))
+    return []
+
+
 def train(kind, *flags):
-    """balcon.main with another loss, or with the strong recipe; later flags win."""
-    if kind == "strong":
-        flags = [*strong_recipe(), *flags]
+    """balcon.main with another loss, another recipe or another precision; later flags win."""
+    if kind in ("strong", "bfloat16"):
+        recipe = {"strong": strong_recipe, "bfloat16": bfloat16_recipe}[kind]
+        flags = [*recipe(), *flags]
     else:
         balcon.LOSSES[kind] = {"quadratic": quadratic, "wang_isola": wang_isola}[kind]
         flags = ["--loss", kind, *flags]
