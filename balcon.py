@@ -200,17 +200,17 @@ class ColorJitter(Augmentation):
     def draw(self, n, generator):
         factor = 1 + torch.empty(n, 3).uniform_(-self.strength, self.strength, generator=generator)
         shift = torch.empty(n, 1).uniform_(-self.hue, self.hue, generator=generator)
-        kind = torch.rand(n, 4, generator=generator).argsort(1)  # what comes when; 3 is hue
-        return torch.cat([factor, shift, kind], 1)  # [n, 8]
+        order = torch.rand(n, 4, generator=generator).argsort(1)  # what comes when; 3 is hue
+        return torch.cat([factor, shift, order], 1)  # [n, 8]
 
     def apply(self, x, t):
         # Hue is slow, so the whole batch has it once. The first loop makes the changes that come
         # before an image's hue, the second those after it; a factor of 1 changes nothing.
-        factor, shift, kind = t.split([3, 1, 4], 1)
-        factor = factor.gather(1, kind.long().clamp(max=2))  # [n, 4]: of each change in its order
-        hue, place = kind.argmax(1, keepdim=True), torch.arange(4)
+        factor, shift, order = t.split([3, 1, 4], 1)
+        factor = factor.gather(1, order.long().clamp(max=2))  # [n, 4]: of each change in its order
+        hue, place = order.argmax(1, keepdim=True), torch.arange(4)
         before, after = factor.where(place < hue, 1), factor.where(place > hue, 1)
-        table = torch.stack([before, after, kind == 1, kind == 2])  # [4, n, 4]
+        table = torch.stack([before, after, order == 1, order == 2])  # [4, n, 4]
         before, after, contrast, saturation = to_device(table, x.device)[..., None, None, None]
         for i in range(3):
             x = blend(x, before[:, i], contrast[:, i], saturation[:, i])
@@ -484,7 +484,7 @@ def read_image(file):
 
 
 def load_data(cfg, device):
-    """(training images, test images or None) of cfg.dataset, from cfg.data."""
+    """[training images, test images] of cfg.dataset, from cfg.data; a folder may have no test."""
     on_disk = cfg.dataset in ("imagenet", "folder")
     if cfg.dataset == "patterns":
         splits = [draw_patterns(4096, "train"), draw_patterns(2000, "test")]
@@ -499,7 +499,7 @@ def load_data(cfg, device):
     if not on_disk and not torch.is_tensor(images):
         side = 96 if cfg.dataset == "stl10" else 32
         splits = [(read_all(files, side), *others) for files, *others in splits]
-    return [*(Images(*split, cfg, device) for split in splits), None][:2]
+    return [Images(*split, cfg, device) for split in splits]
 
 
 # ----------------------------------------- model ------------------------------------------
@@ -657,7 +657,7 @@ class Pretraining:
     def after(self, step, loss, lr, z1):
         """Log and save after `step` steps; loss and z1 [m / ranks, d] are this rank's."""
         cfg, self.step, epoch_ends = self.cfg, step, step % self.per_epoch == 0
-        if step % 10 and not epoch_ends and step > self.first + 1:
+        if not (epoch_ends or step % 10 == 0 or step == self.first + 1):
             return
         loss = gather_rows(loss[None], world_size()).mean().item()
         if not math.isfinite(loss):
@@ -687,7 +687,7 @@ class Pretraining:
             backbone, projector = self.encoder.backbone, self.encoder.projector
             save_file(self.cfg.out / name, {
                 "backbone": backbone.state_dict(), "projector": projector.state_dict(),
-                "step": self.step, "config": public(self.cfg), **more})
+                "step": self.step, "config": identity(self.cfg), **more})
 
 
 def save_file(path, content):
@@ -748,13 +748,10 @@ def nearest(bank, queries, k):
 def knn_predict(train_features, train_labels, test_features, k):
     """Labels [Q] of test_features [Q, d] by the majority of the k most cosine-similar of
     train_features [N, d] (A.4.2); of equal votes, the class of the nearest neighbour wins."""
-    predicted = []
-    for rows in nearest(train_features, test_features, k).split(256):
-        voters = train_labels[rows]  # [q, k], nearest first
-        votes = (voters[:, :, None] == voters[:, None]).sum(2)  # [q, k]: for each voter's class
-        winner = votes.argmax(1, keepdim=True)  # the first maximum: the nearest of equals
-        predicted.append(voters.gather(1, winner).squeeze(1))
-    return torch.cat(predicted)
+    voters = train_labels[nearest(train_features, test_features, k)]  # [Q, k], nearest first
+    votes = torch.stack([(voters == own[:, None]).sum(1) for own in voters.T], 1)  # [Q, k]
+    winner = votes.argmax(1, keepdim=True)  # the first maximum: the nearest of equals
+    return voters.gather(1, winner).squeeze(1)
 
 
 def percent(chosen):
@@ -785,7 +782,7 @@ def checksum(module):
     return [value.double().sum().item() for value in module.state_dict().values()]
 
 
-def linear_predict(train_features, train_labels, test_features, l2, iterations=100):
+def linear_predict(train_features, train_labels, test_features, l2):
     """Labels [Q] by multinomial logistic regression: cross-entropy + (l2 / 2)‖W‖², by L-BFGS, which
     has no learning rate to tune. Features get unit length, then each dimension is standardised.
     """
@@ -794,8 +791,7 @@ def linear_predict(train_features, train_labels, test_features, l2, iterations=1
     bank, queries = (bank - mean) / std, (queries - mean) / std
     weight = bank.new_zeros(int(train_labels.max()) + 1, bank.shape[1], requires_grad=True)
     offset = bank.new_zeros(len(weight), requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, offset], max_iter=iterations,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, offset], max_iter=100, line_search_fn="strong_wolfe")
     progress = Progress("linear classifier")
 
     def closure():
@@ -803,7 +799,7 @@ def linear_predict(train_features, train_labels, test_features, l2, iterations=1
         loss = F.cross_entropy(F.linear(bank, weight, offset), train_labels)
         loss = loss + l2 / 2 * weight.square().sum()
         loss.backward()
-        evaluated = optimizer.state[weight].get("func_evals", 0)
+        evaluated = optimizer.state[weight].get("func_evals", 0)  # L-BFGS counts them there
         progress(evaluated + 1, optimizer.defaults["max_eval"])
         return loss
 
@@ -845,15 +841,17 @@ def train_on_crops(backbone, train, width, cfg):
         classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"]
-    views = Views(["flip"], cfg.size, (0.08, 1.0))
+    size = train.images.shape[-1] if train.in_memory else cfg.size  # as the test images have it
+    views = Views(["flip"], size, (0.08, 1.0))
     progress = Progress("linear classifier", first * per_epoch)
     for epoch in range(first, cfg.probe_epochs):
         order = torch.randperm(len(train), generator=rng(cfg.seed, "classifier", epoch))
-        batches = enumerate(order.split(batch), epoch * per_epoch)
-        for step, x in train.batches(batches, views, key=(cfg.seed, "classifier views")):
+        batches = order.split(batch)
+        steps = enumerate(batches, epoch * per_epoch)
+        for step, x in train.batches(steps, views, key=(cfg.seed, "classifier views")):
             with torch.no_grad(), autocast(train.device, cfg):
                 x = torch.cat([backbone(some).float() for some in x.split(512)])
-            y = train.labels[order.split(batch)[step % per_epoch]]
+            y = train.labels[batches[step % per_epoch]]
             loss = F.cross_entropy(classifier(gather_rows(x, len(y))), to_device(y, x.device))
             optimizer.param_groups[0]["lr"] = cosine_lr(peak, step, cfg.probe_epochs * per_epoch)
             optimizer.zero_grad()
@@ -1025,8 +1023,10 @@ def read_folders(cfg):
         return splits
     tenth = (labels.bincount() / 10).ceil().minimum(labels.bincount() - 1)
     test = rank_within_class(labels, "held out") < tenth[labels]
+    if not test.any():  # one image a class
+        return splits
     say(f"no test images: a fixed tenth of each class is held out ({test.sum()} images)")
-    return [(files[chosen], labels[chosen], classes) for chosen in (~test, test)][:1 + test.any()]
+    return [(files[chosen], labels[chosen], classes) for chosen in (~test, test)]
 
 
 def read_folder(folder):
@@ -1199,7 +1199,7 @@ class Progress:
 
 def tiles_of(data, rows, views=None, n=1, side=64):
     """The images of these rows, or n views of each, view by view: [.., 3, side, side] in [0, 1]."""
-    order = [(0, rows.repeat_interleave(world_size()))]  # of which each rank's share is all rows
+    order = [(0, rows.repeat_interleave(world_size()))]  # only rank 0 draws: its share is all rows
     _, x = next(data.batches(order, views, n, ("picture",)))
     mean, std = mean_and_std(x.device)
     return F.interpolate(x * std + mean, (side, side), mode="bilinear", antialias=True).cpu()
@@ -1242,7 +1242,8 @@ def export(path, features, parts):
     arrays = {"classes": np.array(parts[0].classes)}
     for name, (x, labels), data in zip(("train", "test"), features, parts):
         arrays |= {f"{name}_features": x.cpu().numpy(), f"{name}_labels": labels.cpu().numpy()}
-        arrays |= {} if data.in_memory else {f"{name}_files": data.images}
+        if not data.in_memory:
+            arrays[f"{name}_files"] = data.images
     with open(path, "wb") as file:
         np.savez(file, **arrays)
     say(f"{path} holds the features of {' + '.join(str(len(data)) for data in parts)} images")
@@ -1285,7 +1286,9 @@ def first_line(log):
         line = json.loads(open(log).readline())
     except ValueError:
         line = {}
-    return line if "config" in line else refuse(f"{log} is not the log of a run")
+    if "config" not in line:
+        refuse(f"{log} is not the log of a run")
+    return line
 
 
 def report(folders):
@@ -1387,7 +1390,7 @@ RECIPES = {  # what differs from the above
 }
 
 
-def public(cfg):
+def identity(cfg):
     """What makes a run this run, as JSON gives it back."""
     config = {key: vars(cfg)[key] for key in IDENTITY}
     return json.loads(json.dumps(config, default=str))
@@ -1476,8 +1479,8 @@ def check(cfg):
         refuse("--subset-file leaves nothing to choose to --subset and --limit")
     if cfg.theory_views % 2:
         refuse(f"--theory-views {cfg.theory_views} must be even")
-    config = first_line(log)["config"] if log.exists() else public(cfg)
-    for key, value in public(cfg).items():
+    config = first_line(log)["config"] if log.exists() else identity(cfg)
+    for key, value in identity(cfg).items():
         if config.get(key) != value:
             refuse(f"--out {cfg.out} holds another run, with {key} {config.get(key)}, not {value}")
 
@@ -1491,17 +1494,13 @@ def check_images(cfg, train, test, labelled):
                    f"--batch-size {2 ** int(math.log2(len(train)))} would fit")
         if steps < 100 or cfg.batch_size < 32:
             say(f"warning: {steps} steps of {cfg.batch_size} images are too few to learn much")
-    no_test = test is None and {"knn", "linear"} & set(cfg.eval)
+    no_test = not test and {"knn", "linear"} & set(cfg.eval)
     if cfg.eval and (no_test or len(labelled.labels.unique()) < 2):
         if cfg.eval != recipe_of(cfg.dataset)["eval"]:
             refuse(f"--eval {' '.join(cfg.eval)} needs labels and test images: class folders "
                    f"{cfg.data}/train/<class>/ and {cfg.data}/val/<class>/")
         say("too few labels or no test images: no accuracy to measure; see neighbors.png")
         return []
-    if "linear" in cfg.eval and cfg.probe == "crops" and train.in_memory:
-        if train.images.shape[-1] != cfg.size:
-            refuse(f"--probe crops trains on crops of {cfg.size} pixels and tests on images of "
-                   f"{train.images.shape[-1]}: use --probe features")
     if {"bias", "bounds"} & set(cfg.eval):
         theory_images(labelled, cfg)
     return cfg.eval
@@ -1510,17 +1509,17 @@ def check_images(cfg, train, test, labelled):
 def run(cfg):
     """Pretrain or resume, evaluate, write results.json and the pictures. Returns the exit code."""
     device = start_processes()
-    train, test = load_data(cfg, device)
+    train, *test = load_data(cfg, device)
     labelled = train.select((train.labels >= 0).nonzero().squeeze(1))
     wanted = check_images(cfg, train, test, labelled)
-    parts = [labelled if wanted else train, *([] if test is None else [test])]
+    parts = [labelled if wanted else train, *test]
     encoder = build_encoder(cfg, device)
     step = load_checkpoint(cfg.checkpoint, encoder)["step"] if cfg.checkpoint else None
     if cfg.export:
         open(cfg.export, "ab").close()  # complains now rather than after pretraining
     start_log(cfg, parts, train, encoder)
     path, features = cfg.out / "results.json", {}
-    results = json.loads(path.read_text()) if path.exists() else {"config": public(cfg)}
+    results = json.loads(path.read_text()) if path.exists() else {"config": identity(cfg)}
     if results.setdefault("step", step) != step:
         refuse(f"{cfg.out} measured step {results['step']} of {cfg.checkpoint}, which is "
                f"now at step {step}: choose another --out")
@@ -1582,7 +1581,7 @@ def start_log(cfg, parts, train, encoder):
     git = subprocess.run("git describe --always --abbrev=40 --dirty", shell=True, text=True,
                          cwd=Path(__file__).resolve().parent, capture_output=True).stdout.strip()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    line = {"config": public(cfg), "argv": sys.argv, "git": git, "processes": world_size(),
+    line = {"config": identity(cfg), "argv": sys.argv, "git": git, "processes": world_size(),
             "images": images, "torch": torch.__version__, "torchvision": torchvision.__version__,
             "hardware": gpus or f"{os.cpu_count()} CPU cores", "threads": torch.get_num_threads()}
     save_file(log, json.dumps(line) + "\n")
