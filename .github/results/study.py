@@ -131,9 +131,9 @@ def nscl_rows():
     return rows
 
 
-def seed_pairs():
-    """Runs of the small scales on CIFAR-10 that differ in nothing but the seed."""
-    groups = by(select(preset="R") + select(preset="S"), "row").values()
+def seed_pairs(*presets):
+    """Training runs of these presets that differ in nothing but the seed."""
+    groups = by([run for run in RUNS if run.get("preset") in presets], "row").values()
     return [runs[:2] for runs in groups if len(runs) > 1 and runs[0]["epochs"]]
 
 
@@ -209,10 +209,16 @@ def linear(row, seed=0):
 
 
 def noise_figures():
-    found = {"noise/pairs": str(len(seed_pairs()))}
+    pairs = seed_pairs("R", "S")
+    found = {"noise/pairs": str(len(pairs))}
+
+    def spread_of(pairs, field):
+        return math.sqrt(np.mean([(one[field] - two[field]) ** 2 for one, two in pairs]) / 2)
+
+    for field in ("linear", "knn10"):
+        found[f"noise/H/{field}"] = number(spread_of(seed_pairs("H"), field))
     for field in ("linear", "knn1"):
-        apart = np.array([first[field] - second[field] for first, second in seed_pairs()])
-        spread = math.sqrt((apart ** 2).mean() / 2)
+        spread = spread_of(pairs, field)
         found[f"noise/{field}"] = number(spread)
         for n in (1, 2, 4):  # two means of n runs, resolved at 5 % in 80 % of cases
             found[f"noise/{field}/{n}"] = number(2.8 * spread * math.sqrt(2 / n), 1)
@@ -295,6 +301,7 @@ def derived():
                          for seeds in by(runs, "row").values())
     found["val/gain"] = number(best[2, 4] - best[2, 1], 1)
     found["paper/4-1"] = number(PAPER["balanced"][2][0])
+    found["paper/gain"] = number(PAPER["balanced"][1][2] - PAPER["balanced"][1][0])
     found["paper/headline"] = number(PAPER["balanced"][1][2] - PAPER["ntxent"][1][0])
     for name, row in {"scale": "balanced-a2-l4", "half-hour": "half-hour"}.items():
         views = select(row=row)[0]["views"]
