@@ -114,8 +114,7 @@ def models(a, b):
     p = a + b
     return {"log α, quadratic (3)": [a, a ** 2],
             "**log αλ, quadratic (3)**": [p, p ** 2],
-            "log α + log λ, both quadratic (5)": [a, a ** 2, b, b ** 2],
-            "all terms of second order (6)": [a, a ** 2, b, b ** 2, a * b]}
+            "log α + log λ, both quadratic (5)": [a, a ** 2, b, b ** 2]}
 
 
 def best_exponent(a, b, y):
