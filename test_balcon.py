@@ -489,6 +489,8 @@ def test_a_fixed_tenth_is_held_out_and_limit_keeps_the_same_images_for_every_see
     some, again = (loaded(tmp_path, "--limit", "12", "--seed", seed) for seed in "01")
     assert some[0].labels.bincount().tolist() == [8, 4]
     assert all((a.images == b.images).all() for a, b in zip(some, again))
+    put_images(tmp_path / "one image a class", "x/a.png", "y/b.png")
+    assert len(loaded(tmp_path / "one image a class")) == 1
     labels = torch.tensor([1, 0]).repeat(50)
     places = [balcon.rank_within_class(labels, key).view(50, 2).T for key in "aab"]
     assert all(place.sort().values.equal(torch.arange(50).repeat(2, 1)) for place in places)
