@@ -234,10 +234,11 @@ def shift_hue(x, shift):
     Hue in sixths of the circle is 0 for red, 2 for green, 4 for blue. The brightest channel gives
     the sector, the difference of the other two the place in it.
     """
-    value, brightest = x.max(1, keepdim=True)  # channel 0, 1 or 2
+    red, green, blue = x.split(1, 1)
+    value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
-    difference = x.roll(-1, 1) - x.roll(-2, 1)  # of the two channels after each, in cyclic order
-    hue = difference.gather(1, brightest) / chroma.clamp(min=1e-12) + 2 * brightest  # in sixths
+    hue = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    hue = torch.where(value == red, green - blue, hue) / chroma.clamp(min=1e-12)  # in sixths
     # And back: V − chroma · clamp(min(k, 4 − k), 0, 1), with k = 5, 3, 1 + hue modulo 6.
     channel = torch.arange(5, 0, -2, device=x.device)[:, None, None]
     k = (hue + (6 * shift + channel)) % 6
