@@ -229,7 +229,7 @@ def blend(x, factor, contrast, saturation):
 
 
 def shift_hue(x, shift):
-    """x: [n, 3, H, W]; shift: [n, 1, 1, 1], in turns of the colour circle (HSV, as torchvision).
+    """x: [n, 3, H, W]; shift: [n, 1, 1, 1], in turns of the colour circle, at most a third (HSV).
 
     Hue in sixths of the circle is 0 for red, 2 for green, 4 for blue. The brightest channel gives
     the sector, the difference of the other two the place in it.
@@ -238,11 +238,12 @@ def shift_hue(x, shift):
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
     hue = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
-    hue = torch.where(value == red, green - blue, hue) / chroma.clamp(min=1e-12)  # in sixths
-    # And back: V − chroma · clamp(min(k, 4 − k), 0, 1), with k = 5, 3, 1 + hue modulo 6.
-    channel = torch.arange(5, 0, -2, device=x.device)[:, None, None]
-    k = (hue + (6 * shift + channel)) % 6
-    return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+    hue = torch.where(value == red, green - blue, hue) / chroma.clamp(min=1e-12)
+    # And back: a channel is at its brightest up to one sixth from its own hue, and at its darkest
+    # from two sixths on. On the circle, 5 sixths away is as far as 1.
+    own = torch.arange(0, 6, 2, device=x.device)[:, None, None]
+    away = (hue + (6 * shift - own)).abs()  # [n, 3, H, W]
+    return value - chroma * (2 - (away - 3).abs()).clamp_(0, 1)
 
 
 class GaussianBlur(Augmentation):

@@ -1277,18 +1277,21 @@ def images_to_time(cfg, device):
     return balcon.Images(pixels, torch.zeros(1024).long(), [], cfg, device), n
 
 
-def seconds_of(calls, rounds, cuda):
-    """Medians. All take turns, so that noise hits all alike; the first round warms up."""
-    seconds = np.empty((1 + rounds, len(calls)))
-    for turn, i in np.ndindex(seconds.shape):
-        start = time.perf_counter()
-        calls[i]()
-        torch.cuda.synchronize() if cuda else None
-        seconds[turn, i] = time.perf_counter() - start
-    return np.median(seconds[1:], 0)
+def seconds_of(calls, budget, cuda):
+    """Medians over the rounds that fit into `budget` seconds. All calls take turns, so that noise
+    hits all alike; the first round warms up."""
+    rounds, end = [], time.perf_counter() + budget
+    while len(rounds) < 2 or time.perf_counter() < end:
+        rounds.append([])
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            torch.cuda.synchronize() if cuda else None
+            rounds[-1].append(time.perf_counter() - start)
+    return np.median(rounds[1:], 0)
 
 
-def benchmark(argv, rounds=5):
+def benchmark(argv, budget=20):
     """python test_balcon.py benchmark [flags of balcon.py]: where the time of a step goes."""
     cfg, device = balcon.parse_flags(argv), balcon.start_processes()
     cuda, encoder = device.type == "cuda", balcon.build_encoder(cfg, device)
@@ -1322,7 +1325,7 @@ def benchmark(argv, rounds=5):
         lambda: [update(next(batches)[1], loss) for _ in range(k)],
         lambda: update(x, lambda z: z.backward(torch.ones_like(z))),
         lambda: loss(z.requires_grad_()),
-        lambda: cfg.views.apply(pixels, cfg.views.draw(2 * m, generator(0)))], rounds, cuda)
+        lambda: cfg.views.apply(pixels, cfg.views.draw(2 * m, generator(0)))], budget, cuda)
     rate, total = 2 * m * k / step, 2 * cfg.epochs * (n - n % cfg.batch_size)
     for name, value, meaning in (
         ("training step", rate, f"views/s, from pixels to update; {m} images a step"),
@@ -1341,7 +1344,7 @@ def test_the_benchmark_counts_flops_and_writes_nothing(tmp_path, monkeypatch, ca
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     flags = "--dataset stl10 --batch-size 2 --size 32 --projector 1 --epochs 3"
-    benchmark(flags.split(), rounds=1)
+    benchmark(flags.split(), budget=0)
     lines = capsys.readouterr().out.splitlines()[1:]
     value = {line[:16].strip(): float(line[16:26]) for line in lines}
     # torchvision states 1.814 G multiply-adds of its ResNet-18 for 224 = 7 · 32 pixels, of which
