@@ -18,7 +18,7 @@ Letters, as in the paper:
     t ~ T   one augmentation, drawn from the distribution of augmentations
     ν       length of the shortest prototype (mean projection) of another class
 
-Map, in the order in which data flows:
+Map, in the order of this file:
     losses        Eq. 17, generalized NT-Xent, NSCL, the minimum of Eq. 17
     views         augmentations, whose parameters are drawn first and applied later
     data          images in memory or on disk
@@ -34,7 +34,7 @@ Map, in the order in which data flows:
 import os
 
 if __name__ == "__main__":  # OpenMP threads that wait should not keep a busy machine's cores
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
 
 import argparse
 import glob
@@ -200,16 +200,16 @@ class ColorJitter(Augmentation):
     def draw(self, n, generator):
         factor = 1 + torch.empty(n, 3).uniform_(-self.strength, self.strength, generator=generator)
         shift = torch.empty(n, 1).uniform_(-self.hue, self.hue, generator=generator)
-        order = torch.rand(n, 4, generator=generator).argsort(1)  # what comes when; 3 is hue
+        order = torch.rand(n, 4, generator=generator).argsort(1)  # 0 to 2: a factor; 3: the hue
         return torch.cat([factor, shift, order], 1)  # [n, 8]
 
     def apply(self, x, t):
         # Hue is slow, so the whole batch has it once. The first loop makes the changes that come
         # before an image's hue, the second those after it; a factor of 1 changes nothing.
         factor, shift, order = t.split([3, 1, 4], 1)
-        factor = factor.gather(1, order.long().clamp(max=2))  # [n, 4]: of each change in its order
-        hue, place = order.argmax(1, keepdim=True), torch.arange(4)
-        before, after = factor.where(place < hue, 1), factor.where(place > hue, 1)
+        factor = factor.gather(1, order.long().clamp(max=2))  # [n, 4], by place; hue's is not used
+        place, hue_place = torch.arange(4), order.argmax(1, keepdim=True)
+        before, after = factor.where(place < hue_place, 1), factor.where(place > hue_place, 1)
         table = torch.stack([before, after, order == 1, order == 2])  # [4, n, 4]
         before, after, contrast, saturation = to_device(table, x.device)[..., None, None, None]
         for i in range(3):
@@ -247,7 +247,7 @@ def shift_hue(x, shift):
 
 
 class GaussianBlur(Augmentation):
-    """σ from 0.1 to 2 pixels. The kernel has 23 pixels, SimCLR's tenth of 224."""
+    """σ from 0.1 to 2 pixels. The kernel has at most 23 pixels, SimCLR's tenth of 224."""
     name = "gaussian_blur"
 
     def draw(self, n, generator):
@@ -283,7 +283,7 @@ class RandomCutout(Augmentation):
 
 
 class RandomRotation(Augmentation):
-    name, p = "random_rotation", 0.75
+    name, p = "random_rotation", 0.75  # 0, 1, 2 and 3 turns are equally likely
 
     def draw(self, n, generator):
         return torch.randint(1, 4, [n], generator=generator)  # quarter turns
@@ -437,7 +437,7 @@ class Images:
             for step, rows in order:
                 mine = share(len(rows))
                 t = views.draw(n * len(rows), rng(*key, step)) if views else {}
-                # Of each parameter, [n · rows, ...] view by view, those of this rank's rows.
+                # A parameter is [n · len(rows), ...], view by view: keep this rank's rows.
                 t = {name: p.unflatten(0, (n, -1))[:, mine].flatten(0, 1) for name, p in t.items()}
                 yield step, rows[mine], n, t
 
@@ -456,12 +456,12 @@ class Images:
         step, rows, n, t = request
         if self.in_memory:
             return step, self.images[to_device(rows, self.device)].repeat(n, 1, 1, 1), t
-        size, crops = self.cfg.size, []
+        size, crops = self.cfg.size, []  # image by image; put view by view at the end
         for i, file in enumerate(self.images[rows.numpy()]):
             image = read_image(file)
             side = max(1, round(0.875 * min(image.size)))  # plain: Resize(S / .875), CenterCrop(S)
             boxes = [[(image.height - side) // 2, (image.width - side) // 2, side, side]]
-            if "crop" in t:
+            if "crop" in t:  # every len(rows)-th is of this image
                 boxes = crop_box(t["crop"][i::len(rows)], image.height, image.width).tolist()
             for top, left, height, width in boxes:
                 crop = image.crop((left, top, left + width, top + height))
@@ -524,7 +524,7 @@ class Encoder(nn.Module):
         layers = []
         for inputs, outputs in zip([width, *widths], widths):
             layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
-        layers[-2:] = [nn.BatchNorm1d(outputs, affine=False)]  # the last has no ReLU (A.3.1)
+        layers[-2:] = [nn.BatchNorm1d(outputs, affine=False)]  # no ReLU (A.3.1)
         self.backbone, self.projector = net, nn.Sequential(*layers)
 
     def forward(self, x):
@@ -539,8 +539,8 @@ def build_encoder(cfg, device):
         given = given.get("backbone", given)
         fits = {name: weight for name, weight in given.items()
                 if name in own and own[name].shape == weight.shape}
-        if not fits:
-            refuse(f"--init {cfg.init}: none of its weights fits the backbone")
+        if len(fits) < len(own) / 2:
+            refuse(f"--init {cfg.init}: most of its weights do not fit the backbone")
         encoder.backbone.load_state_dict(fits, strict=False)
         misfits = sorted((own.keys() | given.keys()) - fits.keys())
         say(f"backbone from {cfg.init}; what does not fit: {' '.join(misfits) or 'nothing'}")
@@ -568,7 +568,7 @@ def start_processes():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(hours=2))  # rank 0 may have to download first
@@ -615,14 +615,14 @@ def pretrain(encoder, train, cfg):
     m, per_epoch = cfg.batch_size, len(train) // cfg.batch_size
     optimizer = torch.optim.SGD(encoder.parameters(), cfg.lr, cfg.momentum,
                                 weight_decay=cfg.weight_decay)
-    run = Pretraining(encoder, optimizer, per_epoch, cfg)
+    session = Pretraining(encoder, optimizer, per_epoch, cfg)
     model = distribute(encoder, train.device).train()
-    for epoch in range(run.step // per_epoch, cfg.epochs):
+    for epoch in range(session.step // per_epoch, cfg.epochs):
         order = torch.randperm(len(train), generator=rng(cfg.seed, "order", epoch))
         batches = list(enumerate(order[:m * per_epoch].split(m), epoch * per_epoch))
-        left = batches[run.step % per_epoch:]  # all, unless the run was killed in this epoch
+        left = batches[session.step % per_epoch:]  # all, unless the run was killed in this epoch
         for step, x in train.batches(left, cfg.views, n=2, key=(cfg.seed, "views")):
-            lr = cosine_lr(cfg.lr, step, run.total)
+            lr = cosine_lr(cfg.lr, step, session.total)
             optimizer.param_groups[0]["lr"] = lr
             with autocast(train.device, cfg):
                 z1, z2 = model(x).chunk(2)  # both views in one pass; [m / ranks, d] each
@@ -630,11 +630,11 @@ def pretrain(encoder, train, cfg):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.after(step + 1, loss.detach(), lr, z1.detach())
+            session.after(step + 1, loss.detach(), lr, z1.detach())
     if world_size() > 1:
         for statistic in encoder.buffers():
             dist.broadcast(statistic, 0)  # without SyncBatchNorm the ranks' batch norms differ
-    return run.seconds
+    return session.seconds
 
 
 class Pretraining:
@@ -666,14 +666,14 @@ class Pretraining:
             refuse(f"the loss is {loss} at step {step}: lower --lr")
         if rank() > 0:
             return
-        now, epoch, floor = time.perf_counter(), step / self.per_epoch, ""
+        now, epoch = time.perf_counter(), step / self.per_epoch
         speed = (step - self.first) * cfg.batch_size / (now - self.started)
         spread = F.normalize(z1.float(), dim=1).var(0, correction=0).sum().item()  # 0: collapse
         line = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "spread": spread,
                 "images_per_second": round(speed, 1)}
         if cfg.loss == "balanced" and cfg.similarity == "cosine":
             line["above_floor"] = loss - loss_floor(cfg.batch_size, cfg.alpha, cfg.lam)
-            floor = f" (floor +{line['above_floor']:.3f})"
+        floor = f" (floor +{line['above_floor']:.3f})" if "above_floor" in line else ""
         with open(cfg.out / "log.jsonl", "a") as log:  # steps repeated after a kill appear twice
             log.write(json.dumps(line) + "\n")
         self.progress(step, self.total, f"epoch {epoch:.1f}/{cfg.epochs}  loss {loss:.3f}{floor}  "
@@ -710,7 +710,7 @@ def load_file(path):
         return dict(torch.load(path, map_location="cpu", weights_only=True))  # runs no code of it
     except Exception as error:  # a damaged file makes the unpickler raise anything
         reason = str(error).split("\n")[0][:160] or type(error).__name__
-        raise UserError(f"cannot read {path} as a checkpoint: {reason}") from None
+        refuse(f"cannot read {path} as a checkpoint: {reason}")
 
 
 def load_checkpoint(path, encoder):
@@ -721,8 +721,7 @@ def load_checkpoint(path, encoder):
         encoder.projector.load_state_dict(state["projector"])
     except (KeyError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[-1].strip()
-        raise UserError(f"{path} does not fit this network ({reason}); --init takes what does"
-                        ) from None
+        refuse(f"{path} does not fit this network ({reason}); --init takes what does")
     return state
 
 
@@ -751,8 +750,8 @@ def knn_predict(train_features, train_labels, test_features, k):
     """Labels [Q] of test_features [Q, d] by the majority of the k most cosine-similar of
     train_features [N, d] (A.4.2); of equal votes, the class of the nearest neighbour wins."""
     voters = train_labels[nearest(train_features, test_features, k)]  # [Q, k], nearest first
-    votes = torch.stack([(voters == own[:, None]).sum(1) for own in voters.T], 1)  # [Q, k]
-    winner = votes.argmax(1, keepdim=True)  # the first maximum: the nearest of equals
+    votes = [(voters == label[:, None]).sum(1) for label in voters.T]  # of the j-th one's label
+    winner = torch.stack(votes, 1).argmax(1, keepdim=True)  # first maximum: the nearest of equals
     return voters.gather(1, winner).squeeze(1)
 
 
@@ -806,7 +805,7 @@ def linear_predict(train_features, train_labels, test_features, l2):
         return loss
 
     optimizer.step(closure)
-    progress(1, 1)
+    progress(1, 1)  # L-BFGS may stop early
     return F.linear(queries, weight, offset).argmax(1)
 
 
@@ -827,9 +826,9 @@ class LARS(torch.optim.Optimizer):
 
 
 def train_on_crops(backbone, train, width, cfg):
-    """A linear classifier trained on a fresh crop and flip of each image in every epoch (the
-    paper's protocols). Each rank passes its share of a batch through the backbone, then all make
-    the same step. On ImageNet this takes a day, so it resumes after its last finished epoch."""
+    """A linear classifier trained on a fresh crop and flip of each image in every epoch. Each rank
+    passes its share of a batch through the backbone, then all make the same step. On ImageNet
+    this is long, so it resumes after its last finished epoch."""
     backbone.eval()
     torch.manual_seed(cfg.seed)
     classifier = nn.Linear(width, len(train.classes)).to(train.device)
@@ -837,9 +836,9 @@ def train_on_crops(backbone, train, width, cfg):
     per_epoch, peak = math.ceil(len(train) / batch), cfg.probe_lr * batch / 256
     kind = {"sgd": torch.optim.SGD, "lars": LARS}[cfg.probe_optimizer]
     optimizer = kind(classifier.parameters(), lr=peak, momentum=0.9)
-    first, key, path = 0, checksum(backbone), cfg.out / "classifier.pt"
+    first, frozen, path = 0, checksum(backbone), cfg.out / "classifier.pt"
     state = load_file(path) if path.exists() else {}
-    if state.get("backbone") == key:
+    if state.get("backbone") == frozen:
         classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"]
@@ -861,10 +860,10 @@ def train_on_crops(backbone, train, width, cfg):
             optimizer.step()
             progress(step + 1, cfg.probe_epochs * per_epoch)
         if rank() == 0:
-            save_file(path, {"backbone": key, "epoch": epoch + 1,
+            save_file(path, {"backbone": frozen, "epoch": epoch + 1,
                              "classifier": classifier.state_dict(),
                              "optimizer": optimizer.state_dict()})
-    assert checksum(backbone) == key, "the classifier's training changed the backbone"
+    assert checksum(backbone) == frozen, "the classifier's training changed the backbone"
     return classifier
 
 
@@ -920,7 +919,7 @@ def mean_length(gaps):
     half = gaps.norm(dim=2).mean(1)  # [N]
     square = 2 * whole.mean() ** 2 - half.mean() ** 2
     slope = 4 * whole.mean() * whole - 2 * half.mean() * half  # of the square: delta method
-    error = slope.std() / math.sqrt(len(gaps))
+    error = slope.std() / math.sqrt(len(gaps))  # of the square, which may be near 0
     return square.clamp(min=0).sqrt().item(), (error / (2 * square.maximum(error).sqrt())).item()
 
 
@@ -966,8 +965,8 @@ def theorem_sides(anchor, mean_view, bank, labels, alpha):
     """Both sides of Theorems 4.4 and 4.6 for each anchor f(t(x)) of unit length: {name: [N]}.
 
     anchor, bank: [N, d], one view of each image, drawn independently; mean_view: [N, d], E f(T(x)).
-    B = (1/α) log Σ_y E[exp(α s) | y] (Eq. 46). Each image of the bank has its own t′; by Jensen
-    that B is no smaller than with one t′ for all.
+    B = (1/α) log Σ_y E[exp(α s) | y] (Eq. 46). Each image of the bank has its own t′; in a large
+    bank, by Jensen, that B is no smaller than with one t′ for all.
 
     The paper bounds max over y′ ≠ y of s(f, prototype of y′) by B/ν. Its Case 1 (Eq. 38) replaces
     a prototype's length by the smaller ν, which makes a negative number smaller. So the bound
@@ -1014,7 +1013,7 @@ EVALUATIONS = {"knn": knn, "linear": linear, "bias": bias, "bounds": bounds}
 # ----------------------------------------- more data --------------------------------------
 def read_folders(cfg):
     """[(files, labels, classes)] of the training and, if there are any, the test images."""
-    places = [cfg.data / name for name in ("train", "test", "val") if (cfg.data / name).is_dir()]
+    places = [cfg.data / name for name in ("train", "val", "test") if (cfg.data / name).is_dir()]
     places = places[:2] if cfg.data / "train" in places else [cfg.data]
     splits = [read_folder(place) for place in places]
     files, labels, classes = splits[0]
@@ -1035,7 +1034,8 @@ def read_folder(folder):
     """(files, labels [N], classes) of folder/<class>/…, all that Pillow reads and is not hidden.
     Images beside the class folders, or fewer than two of these: no labels, all are −1."""
     kinds = Image.registered_extensions().items()
-    readable = tuple(end for end, kind in kinds if kind in Image.OPEN and kind != "MPEG")
+    never = "BUFR", "GRIB", "HDF5", "MPEG"  # Pillow knows their names only
+    readable = tuple(end for end, kind in kinds if kind in Image.OPEN and kind not in never)
     names = glob.glob("**", root_dir=folder, recursive=True)  # hidden files are not among them
     names = sorted(name for name in names if name.lower().endswith(readable))
     if not names:
@@ -1072,8 +1072,8 @@ def read_torchvision(dataset, root):
         if rank() == 0 and world_size() > 1:
             dist.barrier()
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{dataset} is not in {root} and cannot be downloaded ({error}): put "
-                        f"torchvision's files or class folders train/ and test/ there") from None
+        refuse(f"{dataset} is not in {root} and cannot be downloaded ({error}): put torchvision's "
+               f"files or class folders train/ and test/ there")
     return [(torch.tensor(part.data if stl else part.data.transpose(0, 3, 1, 2)),
              torch.tensor(part.labels if stl else part.targets).long(), part.classes)
             for part in parts]
@@ -1097,7 +1097,7 @@ def balanced_subset(labels, n, *key):
 
 def training_subset(cfg, images, labels):
     """Rows that --subset-file, --subset and --limit keep (A.3.4)."""
-    if cfg.subset_file:  # lines <class>/<file>, after any folders and before any label
+    if cfg.subset_file:  # a line: <class>/<file>, perhaps folders before it and a label after it
         files = [] if torch.is_tensor(images) else images
         row_of = {"/".join(Path(name).parts[-2:]): row for row, name in enumerate(files)}
         lines = [line.strip() for line in open(cfg.subset_file) if line.strip()]
@@ -1117,7 +1117,7 @@ def training_subset(cfg, images, labels):
         return rows[balanced_subset(labels, total, "subset", cfg.seed)]
     counts, generator = torch.zeros_like(sizes), rng("subset", cfg.seed)
     for count in long_tailed_counts(len(sizes), total, min(1280, int(sizes.max()))):
-        free = ((sizes >= count) & (counts == 0)).nonzero().squeeze(1)
+        free = ((sizes >= count) & (counts == 0)).nonzero().squeeze(1)  # large enough, unused
         if not len(free):
             refuse(f"no class is left that has {count} images: lower --limit")
         counts[free[torch.randint(len(free), [], generator=generator)]] = count
@@ -1139,7 +1139,7 @@ def long_tailed_counts(classes, total, largest=1280, smallest=5, shape=6):
     return np.diff(sizes.cumsum().round().astype(int), prepend=0).tolist()  # integers, same sum
 
 
-PATTERNS = {  # kinds of drawn pattern: of two coordinates u, v and a distance r, all in radians
+PATTERNS = {  # kinds of drawn pattern, by two coordinates u, v and a distance r; a period is 2π
     "stripes": lambda u, v, r: u.sin(),
     "checks": lambda u, v, r: u.sin() * v.sin(),
     "dots": lambda u, v, r: u.cos() + v.cos() - 0.8,
@@ -1216,14 +1216,14 @@ def draw_views(data, cfg):
 
 def draw_neighbors(train, test, backbones, cfg):
     """neighbors.png: 8 test images, each followed by its 8 nearest training images, by features of
-    the untrained backbone in the upper row and of the trained one below. The right class has a
-    green frame. Without test images, training images look for their like among the others.
+    the untrained backbone (if measured) in the upper row and of the trained one below. The right
+    class has a green frame. Without test images, training images look among the others.
 
     backbones: for each, the (features, labels) of the training and of the test images.
     """
     rows, lines = balanced_subset(test.labels, min(8, len(test)), "picture"), []
-    for parts in backbones:
-        bank, queries = parts[0][0], parts[-1][0][rows.numpy()]
+    for features in backbones:
+        bank, queries = features[0][0], features[-1][0][rows.numpy()]
         near = nearest(bank, queries, min(9, len(train))).cpu()  # [q, 9]
         if train is test:  # the image itself comes last
             itself = (near == rows[:, None]).int()
@@ -1297,7 +1297,7 @@ def report(folders):
     """Print one table of the runs below these folders: the settings that differ, then figures of
     the last backbone, as mean ± standard deviation over the runs that differ in their seed only."""
     groups, names = {}, {}
-    for log in sorted(sum((list(Path(place).rglob("log.jsonl")) for place in folders), [])):
+    for log in sorted({log for place in folders for log in place.rglob("log.jsonl")}):
         config, stages = first_line(log)["config"], read_figures(log.parent)
         figures = stages.get("trained" if config["epochs"] else "untrained", {})
         config.pop("seed")
@@ -1344,15 +1344,15 @@ FLAGS = {
                       AUGMENTATIONS),
     "drop": ([], "augmentations to leave out (Fig. 3)", DROPPABLE),
     "add": ([], "augmentations to append (Fig. 3)", AUGMENTATIONS),
-    "precision": ("float32", "of the network; bfloat16 on CUDA", ["float32", "bfloat16"]),
+    "precision": ("float32", "of the network; on CUDA bfloat16", ["float32", "bfloat16"]),
     "seed": (0, "of weights, order and views"),
     "init": (Path, "start from this checkpoint or torchvision state dict"),
     "checkpoint": (Path, "evaluate this checkpoint instead of pretraining"),
-    "limit": (0, "train on this many images, the same for every seed; 0: all"),
+    "limit": (0, "train on this many images, without --subset the same for every seed; 0: all"),
     "subset": ("full", "long-tailed as ImageNet-LT, or uniform of that size (A.3.4)",
                ["full", "lt", "uni"]),
     "subset_file": (Path, "train on the images that this file lists"),
-    "k": ([1, 10], "nearest neighbours that vote; the paper's number is the first"),
+    "k": ([1, 10], "nearest neighbours that vote"),
     "probe": ("crops", "linear classifier on fresh crops, or on features made once",
               ["crops", "features"]),
     "probe_optimizer": ("sgd", "on crops", ["sgd", "lars"]),
@@ -1363,7 +1363,7 @@ FLAGS = {
     "theory_images": (50_000, "training images that theory is measured on, at most"),
     "theory_views": (10, "K, even: views of an image that stand for E_T"),
     # What follows may change without making it a different run.
-    "out": (Path, "run directory, by default in runs/; the same command resumes it"),
+    "out": (Path, "run directory, by default under runs/; the same command resumes it"),
     "eval": (["knn", "linear"], "what to measure; with no names nothing", EVALUATIONS),
     "baseline": (True, "evaluate the untrained backbone, too"),
     "export": (Path, "write features to this .npz file"),
@@ -1401,7 +1401,7 @@ def identity(cfg):
 def recipe_of(dataset):
     recipe = {name: None if isinstance(default, type) else default
               for name, (default, *_) in FLAGS.items()} | RECIPES[dataset]
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         recipe["precision"] = "bfloat16"
     return {**recipe, "dataset": dataset, "data": Path("data", dataset)}
 
@@ -1427,11 +1427,11 @@ def parse_flags(argv=None):
     saved = load_file(first.checkpoint).get("config", {}) if first.checkpoint else {}
     if saved and saved.keys() != set(IDENTITY):
         refuse(f"--checkpoint {first.checkpoint} is of another version; --init takes its weights")
-    recipe = recipe_of(first.dataset or saved.get("dataset", "patterns"))
-    if saved.get("dataset") != recipe["dataset"]:
-        for key in ("data", "limit", "subset", "subset_file"):  # they belong to other images
-            saved.pop(key, None)
-    parser.set_defaults(**{**recipe, **saved, "dataset": recipe["dataset"], "init": None})
+    dataset = first.dataset or saved.get("dataset", "patterns")
+    foreign = ["data", "limit", "subset", "subset_file"] if dataset != saved.get("dataset") else []
+    for key in ["init", *foreign]:  # the weights it began with; what belongs to other images
+        saved.pop(key, None)
+    parser.set_defaults(**{**recipe_of(dataset), **saved, "dataset": dataset})
     parser.add_argument("-h", "--help", action="help")
     cfg = parser.parse_args(argv)
 
@@ -1465,6 +1465,9 @@ def check(cfg):
         least = 0 if name in may_be_zero else 1e-9
         if type(value) in (int, float) and not least <= value < 2 ** 63:
             refuse(f"--{name.replace('_', '-')} {value} is too small or too large")
+    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if 0 < gpus < local:
+        refuse(f"torchrun started {local} processes, but there are {gpus} GPUs")
     if cfg.batch_size % processes or cfg.batch_size < 2:
         refuse(f"--batch-size {cfg.batch_size} must be 2 or more and divisible by the number of "
                f"processes, {processes}")
@@ -1492,8 +1495,7 @@ def check_images(cfg, train, test, labelled):
     steps = len(train) // cfg.batch_size * cfg.epochs
     if cfg.epochs and not cfg.checkpoint:
         if not steps:
-            refuse(f"--batch-size {cfg.batch_size} is more than the {len(train)} training images; "
-                   f"--batch-size {2 ** int(math.log2(len(train)))} would fit")
+            refuse(f"--batch-size {cfg.batch_size} is more than the {len(train)} training images")
         if steps < 100 or cfg.batch_size < 32:
             say(f"warning: {steps} steps of {cfg.batch_size} images are too few to learn much")
     no_test = not test and {"knn", "linear"} & set(cfg.eval)
@@ -1522,7 +1524,7 @@ def run(cfg):
     start_log(cfg, parts, train, encoder)
     path, features = cfg.out / "results.json", {}
     results = json.loads(path.read_text()) if path.exists() else {"config": identity(cfg)}
-    if results.setdefault("step", step) != step:
+    if results.setdefault("step", step) != step:  # the file was replaced since
         refuse(f"{cfg.out} measured step {results['step']} of {cfg.checkpoint}, which is "
                f"now at step {step}: choose another --out")
     undrawn = cfg.eval and not (cfg.out / "neighbors.png").exists()
@@ -1531,14 +1533,14 @@ def run(cfg):
         if rank() == 0:
             save_file(path, json.dumps(results, indent=1) + "\n")
 
-    def evaluate(stage, needed):
+    def evaluate(stage, keep_features):
         found = results.setdefault(stage, {})
         missing = [name for name in wanted if name not in found]
-        if needed or {"knn", "linear"} & set(missing):
+        if keep_features or {"knn", "linear"} & set(missing):
             features[stage] = [extract(encoder.backbone, part, cfg) for part in parts]
         for name in missing:
             found[name] = EVALUATIONS[name](encoder, parts[0], features.get(stage), cfg)
-            save_results()  # at once: on ImageNet, each takes hours
+            save_results()  # at once: on ImageNet, each is long
 
     if cfg.epochs and not cfg.checkpoint:
         if rank() == 0:
@@ -1617,13 +1619,12 @@ def main(argv=None):
     try:
         cfg = parse_flags(argv)
         if cfg.report:
-            report(cfg.report)
-            sys.exit()
+            return report(cfg.report)
         check(cfg)
         sys.exit(run(cfg))
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         message = str(error).split("ImageError: ")[-1]  # without a reading process's traceback
-        if isinstance(error, ImageError) or os.environ.get("LOCAL_RANK", "0") == "0":
+        if type(error) is not UserError or os.environ.get("LOCAL_RANK", "0") == "0":
             print("balcon:", " ".join(message.split()), file=sys.stderr, flush=True)
         sys.exit(2)
 

@@ -72,6 +72,7 @@ The demonstration
 
 Bad input
 - bad input is one sentence and exit code 2 and leaves no trace
+- too few gpus or too little memory is one sentence
 - a corrupt image is named and with a good one the same command goes on
 - theory needs labels but no test images
 
@@ -461,8 +462,9 @@ def test_images_of_every_kind_come_out_right_and_upright(tmp_path):
 
 def test_folders_are_classes_and_hidden_files_and_others_are_left_out(tmp_path):
     put_images(tmp_path / "train", "снег/a.png", "猫/b.GIF", "猫/c/d.jpg", "猫/.e.png", ".f/g.png")
-    put_images(tmp_path / "train", "猫/notes.txt", "猫/film.mpg", "猫/scan.pdf")
+    put_images(tmp_path / "train", "猫/notes.txt", "猫/film.mpg", "猫/x.h5", "猫/scan.pdf")
     put_images(tmp_path / "val", "猫/a.png", "снег/b.png")
+    put_images(tmp_path / "test", "without a label.png")  # ImageNet's
     train, test = loaded(tmp_path)
     assert train.classes == ["снег", "猫"] and test.labels.tolist() == [0, 1]
     assert train.labels.tolist() == [0, 1, 1] and train.classes[1] in train.images[2]
@@ -548,6 +550,9 @@ def test_backbones_are_torchvisions_and_init_takes_the_weights_that_fit(name, bl
     taken = balcon.build_encoder(cfg, CPU).backbone.state_dict()
     assert taken.pop("conv1.weight").shape[-1] == 3  # which does not fit
     assert all(torch.equal(weight, weights[name]) for name, weight in taken.items())
+    cfg.backbone = "resnet50"  # some of its batch norms have the same shapes
+    with pytest.raises(balcon.UserError, match="most of its weights do not fit"):
+        balcon.build_encoder(cfg, CPU)
 
 
 # ----------------------------------------- evaluation -------------------------------------
@@ -909,7 +914,7 @@ def test_report_pools_seeds_and_nothing_else(tmp_path, capsys):
     put_run(tmp_path / "elsewhere", "trained", 70, data="elsewhere")
     put_run(tmp_path / "untrained", "untrained", 30, epochs=0)
     put_run(tmp_path / "null", "trained", 20, None, lr=0.5)  # NaN in results.json
-    balcon.report([str(tmp_path)])
+    balcon.report([tmp_path, tmp_path / "seed 0"])
     lines = capsys.readouterr().out.splitlines()
     head, _, *rows = [line.strip("| ").replace(" ", "").split("|") for line in lines]
     assert sorted(head[:4]) == ["alpha", "data", "epochs", "lr"] and head[4] == "finishedruns"
@@ -1213,7 +1218,7 @@ BAD = {  # words, after "WORLD_SIZE=2" in the environment or nothing: what the s
     "--checkpoint else/log.jsonl": "else/log.jsonl", "--init foreign.pt": "--init foreign.pt",
     "--export nowhere/features.npz": "nowhere", "--report nowhere": "nowhere",
     "WORLD_SIZE=2 --batch-size 63": "--batch-size 63",
-    "--dataset folder --data photos --batch-size 64": "--batch-size 32 would fit",
+    "--dataset folder --data photos --batch-size 64": "64 is more than the 44 training images",
     "--dataset folder --data flat --batch-size 16 --eval knn": "--eval knn",
 }
 
@@ -1234,6 +1239,20 @@ def test_bad_input_is_one_sentence_and_exit_code_2_and_leaves_no_trace(
     assert code == 2 and sentence.startswith("balcon: ") and sentence.count("\n") == 1
     assert BAD[words] in sentence
     assert files_in(place) == before
+
+
+def test_too_few_gpus_or_too_little_memory_is_one_sentence(run_here, monkeypatch):
+    def out_of_memory(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(balcon, "run", out_of_memory)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    code, _, sentence = run_here()
+    assert code == 2 and "8 processes, but there are 4 GPUs" in sentence
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")  # which alone may know
+    assert run_here()[::2] == (2, "balcon: CUDA out of memory\n")
 
 
 def test_a_corrupt_image_is_named_and_with_a_good_one_the_same_command_goes_on(place, run_here):
