@@ -152,16 +152,19 @@ OWN = ("balanced-a2-l4 balanced-a4-l1 balanced-a8-l4 ntxent-a8-l4 balanced-a2-l1
        "untrained").split()
 
 
+SCALES = {"own": 2, "four": 4, "twenty": 20}  # epochs of preset H
+
+
 def own_rows():
-    """Preset H: every method after two epochs and after four; raw pixels."""
-    fields = {"kNN 1": "knn1", "kNN 10": "knn10", "linear": "linear"}
-    rows = [["", "rate", "runs", *fields, *(f"4 epochs: {head}" for head in fields),
-             "paper: linear"]]
+    """Preset H: every method after each number of epochs; raw pixels."""
+    places = [(scale, field) for scale in SCALES for field in ("knn1", "knn10", "linear")][1:]
+    names = {"knn1": "kNN 1", "knn10": "kNN 10", "linear": "linear"}
+    rows = [["", "rate", *(f"{SCALES[scale]}: {names[field]}" for scale, field in places), "paper"]]
     for row in (*OWN, "pixels"):
-        two = select(row="all-pixels" if row == "pixels" else f"own-{row}")
-        four = select(row=f"four-{row}")
-        rows.append([show(two, field) for field in ("method", "lr", "runs", *fields.values())]
-                    + [show(four, field) for field in fields.values()] + [show(two, "paper")])
+        first = select(row="all-pixels" if row == "pixels" else f"own-{row}")
+        runs = {scale: select(row=f"{scale}-{row}") for scale in SCALES} | {"own": first}
+        rows.append([show(first, "method"), show(first, "lr"),
+                     *(show(runs[scale], field) for scale, field in places), show(first, "paper")])
     return rows
 
 
@@ -285,14 +288,13 @@ def bias_figures():
 @functools.cache
 def derived():
     found = {**noise_figures(), **product_figures(), **loss_figures(), **bias_figures()}
-    for scale in ("own", "four"):
+    for scale in SCALES:
         for field in ("linear", "knn1", "knn10"):
             value = {row: np.mean([run[field] for run in select(row=f"{scale}-{row}")])
                      for row in OWN if select(row=f"{scale}-{row}")}
             for row in value:  # (2, 4) over the other rows
                 lead = value["balanced-a2-l4"] - value[row]
                 found[f"{scale}-{row}/behind/{field}"] = number(lead, 1)
-                found[f"{scale}-{row}/ahead/{field}"] = number(-lead, 1)
     best = {}
     for cell, runs in by(select(preset="V", epochs=12, strategy="base"), "alpha", "lam").items():
         best[cell] = max(np.mean([run["linear"] for run in seeds])
