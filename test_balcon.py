@@ -482,7 +482,7 @@ def test_images_that_are_not_all_in_class_folders_have_no_labels(names, tmp_path
 
 
 def test_a_fixed_tenth_is_held_out_and_limit_keeps_the_same_images_for_every_seed(tmp_path):
-    put_images(tmp_path, *(f"seldom/{i}.png" for i in range(5)))
+    put_images(tmp_path, *(f"test/{i}.png" for i in range(5)))  # without train/, a class
     put_images(tmp_path, *(f"many/{i}.png" for i in range(20)))
     train, test = loaded(tmp_path)
     assert test.labels.bincount().tolist() == [2, 1]
