@@ -1299,7 +1299,7 @@ def report(folders):
     groups, names = {}, {}
     for log in sorted({log for place in folders for log in place.rglob("log.jsonl")}):
         config, stages = first_line(log)["config"], read_figures(log.parent)
-        figures = stages.get("trained" if config["epochs"] else "untrained", {})
+        figures = stages.get("trained", {} if config["epochs"] else stages.get("untrained", {}))
         config.pop("seed")
         groups.setdefault(json.dumps(config), []).append(figures)
         names |= figures

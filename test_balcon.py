@@ -913,6 +913,7 @@ def test_report_pools_seeds_and_nothing_else(tmp_path, capsys):
     put_run(tmp_path / "killed", alpha=4)
     put_run(tmp_path / "elsewhere", "trained", 70, data="elsewhere")
     put_run(tmp_path / "untrained", "untrained", 30, epochs=0)
+    put_run(tmp_path / "checkpoint", "trained", 40, epochs=0, lr=2)
     put_run(tmp_path / "null", "trained", 20, None, lr=0.5)  # NaN in results.json
     balcon.report([tmp_path, tmp_path / "seed 0"])
     lines = capsys.readouterr().out.splitlines()
@@ -920,8 +921,8 @@ def test_report_pools_seeds_and_nothing_else(tmp_path, capsys):
     assert sorted(head[:4]) == ["alpha", "data", "epochs", "lr"] and head[4] == "finishedruns"
     assert head[5:] == ["knn5", "linear"]
     assert sorted(row[4:] for row in rows) == [
-        ["0of1", "–", "–"], ["1of1", "20", "–"], ["1of1", "30", "50"], ["1of1", "70", "50"],
-        ["3of4", "93±3.6", "50±0"]]
+        ["0of1", "–", "–"], ["1of1", "20", "–"], ["1of1", "30", "50"], ["1of1", "40", "50"],
+        ["1of1", "70", "50"], ["3of4", "93±3.6", "50±0"]]
 
 
 def tiles_of_picture(path, rows, columns, side):
