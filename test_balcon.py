@@ -20,6 +20,7 @@ Views
 - parameters are drawn from the stated distributions
 - every rank sees its rows of the global batch of files
 - recipes are the papers or ours
+- bfloat16 is the default on gpus that compute in it
 
 Data and model
 - images of every kind come out right and upright
@@ -428,6 +429,16 @@ RECIPES = {
 def test_recipes_are_the_papers_or_ours(dataset):  # A.3.1, A.4.1, A.4.2
     cfg = vars(balcon.parse_flags(["--dataset", dataset]))
     assert {name: cfg[name] for name in RECIPES[dataset]} == RECIPES[dataset]
+
+
+@pytest.mark.parametrize("gpu, precision", [("new", "bfloat16"), ("old", "float32")])
+def test_bfloat16_is_the_default_on_gpus_that_compute_in_it(gpu, precision, monkeypatch):
+    def supported(including_emulation=True):  # torch counts emulation unless told
+        return gpu == "new" or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert balcon.recipe_of("cifar10")["precision"] == precision
 
 
 # ----------------------------------------- data and model ---------------------------------
