@@ -298,6 +298,8 @@ def derived():
         best[cell] = max(np.mean([run["linear"] for run in seeds])
                          for seeds in by(runs, "row").values())
     found["val/gain"] = number(best[2, 4] - best[2, 1], 1)
+    for product in (2, 4, 8, 16, 32, 64):
+        found[f"val/best/{product}"] = number(max(y for (a, b), y in best.items() if a * b == product))
     found["paper/4-1"] = number(PAPER["balanced"][2][0])
     found["paper/gain"] = number(PAPER["balanced"][1][2] - PAPER["balanced"][1][0])
     found["paper/headline"] = number(PAPER["balanced"][1][2] - PAPER["ntxent"][1][0])
