@@ -61,8 +61,8 @@ def show(runs, field):
 def markdown(rows):
     """Rows of text, the first one the head, in columns of equal width."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in rows]
+    padded.insert(1, ["---"] * len(widths))
     return "".join("| " + " | ".join(row) + " |\n" for row in padded)
 
 
