@@ -32,8 +32,8 @@ FIGURE = re.compile(r"((?:[−\d.,]+ ± )?[^\s(|<>]*)<!--(\S+?)-->")  # whatever
 DIGITS = {
     "views": 0, "steps": 0, "minutes": 0, "seconds": 0, "b_negative": 0, "angle": 1, "paper": 2,
     "lr": 1, "size": 0, "positive": 3, "nu": 3, "gaps": 3, "bounds": 3, "same_class": 3,
-    "lam_share": 3, "own_share": 3, "by_chance": 3, "se_100": 3, "ntxent_positive": 4,
-    "eq51": 4, "eq51_se": 4, "eq16": 4, "relative": 4, "relative_features": 4, "relative_100": 4}
+    "lam_share": 3, "own_share": 3, "by_chance": 3, "ntxent_positive": 4,
+    "eq51": 4, "eq51_se": 4, "eq16": 4, "relative": 4, "relative_features": 4}
 
 
 # ------------------------------------------ text ------------------------------------------
@@ -299,7 +299,8 @@ def derived():
                          for seeds in by(runs, "row").values())
     found["val/gain"] = number(best[2, 4] - best[2, 1], 1)
     for product in (2, 4, 8, 16, 32, 64):
-        found[f"val/best/{product}"] = number(max(y for (a, b), y in best.items() if a * b == product))
+        highest = max(y for (alpha, lam), y in best.items() if alpha * lam == product)
+        found[f"val/best/{product}"] = number(highest)
     found["paper/4-1"] = number(PAPER["balanced"][2][0])
     found["paper/gain"] = number(PAPER["balanced"][1][2] - PAPER["balanced"][1][0])
     found["paper/headline"] = number(PAPER["balanced"][1][2] - PAPER["ntxent"][1][0])
