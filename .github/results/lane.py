@@ -1,0 +1,156 @@
+"""The runs of QUESTIONS.md, in their order, on one thread. The same command goes on after a kill.
+
+    python .github/results/lane.py CLONE DATA OUT     # CLONE: balcon at the frozen commit
+
+DATA holds cifar10/ and cifar10-val/ (made here) as class folders; OUT gets a folder for each run
+and rows.jsonl. Several lanes may share OUT.
+"""
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+FROZEN = "4f0682200393e8a1d871a743be3a79475af8d190"
+H = ("--dataset cifar10 --backbone resnet8 --size 12 --stem cifar --batch-size 256 "
+     "--weight-decay 5e-4 --crop-scale 0.2 1 --probe features --no-baseline")
+PRESETS = {"H": (H, "cifar10"), "HV": (H, "cifar10-val")}
+PFLOP_PER_VIEW = 0.076 / 399_360  # of preset H
+METHODS = {  # stage A1: the middle one of the first three rates
+    ("ntxent", 8, 1): 0.4, ("balanced", 2, 4): 0.8, ("ntxent", 4, 1): 0.8,
+    ("balanced", 4, 2): 0.4, ("ntxent", 16, 1): 0.2, ("ntxent", 2, 1): 0.8,
+    ("balanced", 4, 1): 0.8}
+
+
+def run_of(stage, method, rate, seed, epochs, more=""):
+    loss, alpha, lam = method
+    return {"id": f"{stage}-{loss}-a{alpha}-l{lam}-lr{rate:g}-s{seed}", "stage": stage,
+            "preset": "HV" if stage == "A1" else "H", "seed": seed,
+            "argv": f"--loss {loss} --alpha {alpha} --lam {lam} --lr {rate:g} --epochs {epochs}"
+                    + more}
+
+
+def rates_of(method, rows):
+    """{rate: validation accuracy} of stage A1."""
+    loss, alpha, lam = method
+    prefix = f"A1-{loss}-a{alpha}-l{lam}-lr"
+    return {float(name[len(prefix):-3]): row["linear"] for name, row in rows.items()
+            if name.startswith(prefix)}
+
+
+def stage_a1(rows):
+    """The missing rates: three for each method, then beyond an edge as long as it is the best."""
+    first = [run_of("A1", method, middle * factor, 0, 2)
+             for factor in (1, 0.5, 2) for method, middle in METHODS.items()]
+    missing = [run for run in first if run["id"] not in rows]
+    if missing:
+        return missing
+    for method in METHODS:
+        rates = rates_of(method, rows)
+        best = max(rates, key=rates.get)
+        if best == max(rates):
+            missing.append(run_of("A1", method, 2 * best, 0, 2))
+        if best == min(rates):
+            missing.append(run_of("A1", method, best / 2, 0, 2))
+    return missing
+
+
+def finalists(rows):
+    """[(SimCLR, rate), (balanced with another λ, rate)], the best of stage A1."""
+    best = {}
+    for method in METHODS:
+        rates = rates_of(method, rows)
+        rate = max(rates, key=rates.get)
+        kind = "simclr" if method[0] == "ntxent" else "balanced"
+        if kind == "simclr" or method[2] != 1:
+            best[kind] = max(best.get(kind, (0,)), (rates[rate], method, rate))
+    return best["simclr"][1:], best["balanced"][1:]
+
+
+def plan(rows):
+    """All runs, stage by stage; a stage needs the rows of the one before it."""
+    if stage_a1(rows):
+        return stage_a1(rows)
+    (simclr, simclr_rate), (balanced, balanced_rate) = finalists(rows)
+    checks = [(("ntxent", *balanced[1:]), balanced_rate), (("balanced", *simclr[1:]), simclr_rate)]
+    runs = [run_of("A2", *pair, seed, 4) for seed in range(6)
+            for pair in ((simclr, simclr_rate), (balanced, balanced_rate))]
+    runs += [run_of("A2", *pair, seed, 4) for seed in range(3) for pair in checks]
+    twenty = [run_of("A3", *pair, seed, 20) for seed in range(3)
+              for pair in ((simclr, simclr_rate), (balanced, balanced_rate))]
+    b = [run_of("B", (loss, 8, 4), rate, 0, 20, " --save-every 2")
+         for rate in (0.4, 0.2) for loss in ("ntxent", "balanced")]
+    return [run for run in runs + twenty[:2] + b + twenty[2:] if run["id"] not in rows]
+
+
+def split_validation(data):
+    """cifar10-val: every tenth training file of each class becomes a test file. Hard links."""
+    if (data / "cifar10-val" / "done").exists():
+        return
+    for folder in sorted((data / "cifar10" / "train").iterdir()):
+        for place, file in enumerate(sorted(folder.iterdir())):
+            split = "test" if place % 10 == 9 else "train"
+            target = data / "cifar10-val" / split / folder.name / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                os.link(file, target)
+    (data / "cifar10-val" / "done").touch()
+
+
+def read_rows(out):
+    path = out / "rows.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {row["id"]: row for row in map(json.loads, lines)}
+
+
+def train(run, clone, data, out):
+    flags, images = PRESETS[run["preset"]]
+    folder, started = out / run["id"], time.time()
+    command = [sys.executable, "balcon.py", *flags.split(), *run["argv"].split(), "--seed",
+               str(run["seed"]), "--data", str(data / images), "--out", str(folder),
+               "--workers", "0"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "screen.txt", "a") as screen:
+        subprocess.run(command, cwd=clone, stdout=screen, stderr=screen, check=True,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+    results = json.loads((folder / "results.json").read_text())
+    log = [json.loads(line) for line in open(folder / "log.jsonl")]
+    views = 2 * 256 * log[-1]["step"]
+    figures = results["trained"]["knn"] | results["trained"]["linear"]
+    above_floor = {"above_floor": round(log[-1]["above_floor"], 4)} if "above_floor" in log[-1] else {}
+    return {**run, "git": FROZEN[:7], "steps": log[-1]["step"], "views": views,
+            "pflop": round(views * PFLOP_PER_VIEW, 4), "seconds": results["seconds"],
+            "minutes_with_evaluation": round((time.time() - started) / 60, 1),
+            **{name: round(value, 2) for name, value in figures.items()}, **above_floor}
+
+
+def main(clone, data, out):
+    head = subprocess.run("git describe --always --abbrev=40 --dirty", shell=True, cwd=clone,
+                          capture_output=True, text=True).stdout.strip()
+    if head != FROZEN:
+        sys.exit(f"{clone} is at {head or 'no commit'}, and the questions are for {FROZEN}")
+    split_validation(data)
+    out.mkdir(parents=True, exist_ok=True)
+    while True:
+        for run in plan(read_rows(out)):
+            lock = open(out / f"{run['id']}.lock", "w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # another lane trains it
+                continue
+            if run["id"] in read_rows(out):
+                continue
+            row = train(run, clone, data, out)
+            with open(out / "rows.jsonl", "a") as rows:
+                rows.write(json.dumps(row) + "\n")
+            break
+        else:
+            if not plan(read_rows(out)):
+                break
+            time.sleep(30)  # the other lane has the last runs of this stage
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
