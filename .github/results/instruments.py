@@ -1,25 +1,22 @@
-"""What the study measures or trains beyond balcon.py; study.py has the commands.
+"""What the study measures beyond balcon.py. The instruments are functions of tensors.
 
-The instruments are functions of tensors. z [m, 2, d]: projections of unit length of two views of
-each of m images; labels [m] or [N]; features [N, d].
+z [m, 2, d]: projections of unit length of two views of each of m images; labels [m] or [N];
+features [N, d].
 """
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
+import balcon
 import numpy as np
+import objectives
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import balcon  # noqa: E402
 
-
-# ------------------------------------------ instruments ------------------------------------------
+# ------------------------------------------ NT-Xent's minimum --------------------------------
 def best_positive_similarity(m, alpha, lam):
     """P*, the mean positive similarity at which NT-Xent's lower bound over m images is lowest:
     where its derivative vanishes, e^{α(P + (1 + P)/K)} = (K + λ)/(λ − 1), and 1 if nowhere."""
@@ -32,11 +29,13 @@ def best_positive_similarity(m, alpha, lam):
 def ntxent_floor(m, alpha, lam):
     """A lower bound of generalized NT-Xent over m images: by Jensen the negatives weigh at least
     as much as K times their mean similarity, and that is at least −(1 + P)/K."""
-    k, p = 2 * (m - 1), best_positive_similarity(m, alpha, lam)
+    k = 2 * (m - 1)
+    p = best_positive_similarity(m, alpha, lam)
     negatives = math.log(k) - alpha * (1 + p) / k
     return -p + lam / alpha * np.logaddexp(alpha * p, negatives)
 
 
+# ------------------------------------------ repulsion ----------------------------------------
 def pairs(z, labels):
     """Of all 2m views: similarities s, which pairs show one image, which one class; [2m, 2m]."""
     m = len(z)
@@ -52,8 +51,8 @@ def repulsion(z, labels, alpha, lam):
     same_class_A: share of the softmax at α = A on the 2(n_y − 1) negatives of the anchor's own
     class, by_chance their share in number; ntxent_positive_A: NT-Xent's share on the positive.
     With s the similarities of an anchor's K negatives, (λ/α) log Σ exp(α s) =
-    (λ/α) log K + λ mean s + (αλ/2) var s + …: repelling is all beyond the mean, second_order the
-    term with the variance.
+    (λ/α) log K + λ mean s + (αλ/2) var s + …: repelling is all beyond log K and the mean,
+    second_order the term with the variance.
     """
     m = len(z)
     s, same_image, same_class = pairs(z, labels)
@@ -79,21 +78,24 @@ def repulsion(z, labels, alpha, lam):
     return {name: float(figure) for name, figure in found.items()}
 
 
+# ------------------------------------------ the supervised end -------------------------------
 def nscl(z, labels, alpha, lam):
     """The gap L − L_NSCL of one batch and its bound (λ/α) log(1 + (n_y − 1) e^{2α} / (m − n_y)),
     arXiv 2506.04411. A batch of one class has no negatives for L_NSCL: ValueError."""
     loss = balcon.balanced_contrastive_loss(z[:, 0], z[:, 1], alpha, lam)
-    supervised = balcon.nscl_loss(z[:, 0], z[:, 1], labels, alpha, lam)
+    supervised = objectives.nscl_loss(z[:, 0], z[:, 1], labels, alpha, lam)
     n = labels.bincount()[labels].to(z.dtype)  # images of the class of each
     bound = F.softplus(2 * alpha + ((n - 1) / (len(z) - n)).log())
-    return {"gap": (loss - supervised).item(), "bound": (lam / alpha * bound).mean().item()}
+    return {"loss": loss.item(), "supervised": supervised.item(),
+            "gap": (loss - supervised).item(), "bound": (lam / alpha * bound).mean().item()}
 
 
 def cdnv(features, labels):
     """(CDNV, directional CDNV) of arXiv 2506.04411, means over ordered pairs of classes i ≠ j:
     variance of class i, whole or along the line of the two centres, over their squared distance."""
     centres = balcon.class_means(features, labels)  # [C, d]
-    whole, along = [], []
+    whole = []
+    along = []
     for i, centre in enumerate(centres):
         own = features[labels == i] - centre
         lines = torch.cat([centres[:i], centres[i + 1:]]) - centre  # [C − 1, d]
@@ -111,15 +113,33 @@ def nearest_centre(features, labels, queries):
 def few_shot(features, labels, queries, answers, shots, draws, seed, l2=1e-3):
     """Top-1 in % of nearest class centre and linear classifier by `shots` labels a class, on
     features of unit length: [draws, 2]."""
-    classes, found = int(labels.max()) + 1, []
+    classes = int(labels.max()) + 1
+    found = []
     for draw in range(draws):
         rows = balcon.balanced_subset(labels.cpu(), shots * classes, "few-shot", seed, draw)
-        bank, known = F.normalize(features[rows], dim=1), labels[rows]
+        bank = F.normalize(features[rows], dim=1)
+        known = labels[rows]
         centre = nearest_centre(bank, known, F.normalize(queries, dim=1))
         linear = balcon.linear_predict(bank, known, queries, l2)
         right = torch.stack([centre, linear]) == answers  # [2, Q]
         found.append(100 * right.double().mean(1))
     return torch.stack(found)
+
+
+# ------------------------------------------ bias with its error ------------------------------
+def mean_length_error(gaps):
+    """Standard error of balcon.mean_length(gaps), gaps [N, 2, d], by the delta method."""
+    whole = gaps.mean(1).norm(dim=1)  # [N]
+    half = gaps.norm(dim=2).mean(1)  # [N]
+    square = 2 * whole.mean() ** 2 - half.mean() ** 2
+    slope = 4 * whole.mean() * whole - 2 * half.mean() * half
+    error = slope.std() / math.sqrt(len(gaps))  # of the square, which may be near 0
+    return (error / (2 * square.maximum(error).sqrt())).item()
+
+
+def eq16_error(halves, labels):
+    """Standard error of balcon.eq16(halves, labels)."""
+    return mean_length_error(balcon.class_means(halves, labels)[labels] - halves)
 
 
 # ------------------------------------------ measure ------------------------------------------
@@ -135,42 +155,6 @@ def mean_over_batches(instrument, z, labels, cfg):
     return {name: figure / (len(z) // size) for name, figure in sums.items()}
 
 
-def measure(checkpoint, *argv):
-    """Prints one JSON object: the instruments named before the first flag, on a checkpoint, or on
-    the "untrained" network of these flags."""
-    flags = list(itertools.dropwhile(lambda word: not word.startswith("--"), argv))
-    wanted = argv[:len(argv) - len(flags)]
-    if checkpoint != "untrained":
-        flags = ["--checkpoint", checkpoint, *flags]
-    cfg = balcon.parse_flags(flags)
-    device = balcon.start_processes()
-    train, test = balcon.load_data(cfg, device)
-    encoder = balcon.build_encoder(cfg, device)
-    if cfg.checkpoint:
-        balcon.load_checkpoint(cfg.checkpoint, encoder)
-    data, labels = balcon.theory_images(train.select((train.labels >= 0).nonzero()[:, 0]), cfg)
-    result = {"images": len(data), "alpha": cfg.alpha, "lam": cfg.lam, "seed": cfg.seed}
-    with torch.no_grad():
-        if {"repulsion", "nscl"} & set(wanted):
-            z = balcon.embed(encoder, data, cfg, "two views", n=2, groups=2)[0]
-        if "repulsion" in wanted:
-            result["repulsion"] = mean_over_batches(repulsion, z, labels, cfg)
-        if "nscl" in wanted:
-            result["nscl"] = nscl_by_classes(z, labels, cfg)
-        if {"fewshot", "cdnv"} & set(wanted):
-            features = balcon.extract(encoder.backbone, data, cfg)[0]
-    if "cdnv" in wanted:
-        result["cdnv"] = cdnv(features, labels)
-    if "fewshot" in wanted:
-        queries, answers = balcon.extract(encoder.backbone, test, cfg)
-        answers = torch.searchsorted(train.labels.unique().to(answers.device), answers)
-        result["fewshot"] = {}
-        for shots in (n for n in (1, 5, 10, 100) if n <= labels.bincount().min()):
-            accuracy = few_shot(features, labels, queries, answers, shots, 5, cfg.seed)
-            result["fewshot"][shots] = [accuracy.mean(0).tolist(), accuracy.std(0).tolist()]
-    print(json.dumps(result))
-
-
 def nscl_by_classes(z, labels, cfg):
     """Gap and bound over the number of classes: the first ones of a shuffled list."""
     classes = int(labels.max()) + 1
@@ -182,97 +166,79 @@ def nscl_by_classes(z, labels, cfg):
     return found
 
 
+def few_shot_by_labels(features, labels, queries, answers, seed):
+    """{labels a class: [mean, standard deviation] of both classifiers over five draws}."""
+    found = {}
+    for shots in (1, 5, 10, 100):
+        if shots <= labels.bincount().min():
+            accuracy = few_shot(features, labels, queries, answers, shots, 5, seed)
+            found[shots] = [accuracy.mean(0).tolist(), accuracy.std(0).tolist()]
+    return found
+
+
+def measure_checkpoint(wanted, cfg):
+    """{instrument: its figures} of cfg.checkpoint, or of the untrained network."""
+    device = balcon.start_processes()
+    train, test = balcon.load_data(cfg, device)
+    encoder = balcon.build_encoder(cfg, device)
+    if cfg.checkpoint:
+        balcon.load_parts(cfg.checkpoint, balcon.load_file(cfg.checkpoint),
+                          backbone=encoder.backbone, projector=encoder.projector)
+    labelled = train.select((train.labels >= 0).nonzero().squeeze(1))
+    data, labels = balcon.theory_images(labelled, cfg)
+    found = {"images": len(data), "alpha": cfg.alpha, "lam": cfg.lam, "seed": cfg.seed}
+    z = None
+    if {"repulsion", "nscl"} & set(wanted):
+        z = balcon.embed(encoder, data, cfg, "two views", n=2, groups=2)[0]
+    if "repulsion" in wanted:
+        found["repulsion"] = mean_over_batches(repulsion, z, labels, cfg)
+    if "nscl" in wanted:
+        found["nscl"] = nscl_by_classes(z, labels, cfg)
+    if "eq16" in wanted:
+        halves = balcon.embed(encoder, data, cfg, "mean views", n=cfg.theory_views, groups=2)[0]
+        found["eq16"] = [balcon.eq16(halves, labels), eq16_error(halves, labels)]
+    features = None
+    if {"fewshot", "cdnv"} & set(wanted):
+        features = balcon.extract(encoder.backbone, data, cfg)
+    if "cdnv" in wanted:
+        found["cdnv"] = cdnv(features, labels)
+    if "fewshot" in wanted:
+        answers = torch.searchsorted(labelled.labels.unique(), test.labels).to(device)
+        queries = balcon.extract(encoder.backbone, test, cfg)
+        found["fewshot"] = few_shot_by_labels(features, labels, queries, answers, cfg.seed)
+    return found
+
+
+INSTRUMENTS = ("repulsion", "nscl", "fewshot", "cdnv", "eq16")
+
+
+def measure(*argv):
+    """Print one JSON object a line for each checkpoint, or for the "untrained" network: what the
+    instruments find, which are named after the checkpoints and before the first flag."""
+    flags = list(itertools.dropwhile(lambda word: not word.startswith("--"), argv))
+    words = argv[:len(argv) - len(flags)]
+    wanted = [word for word in words if word in INSTRUMENTS]
+    checkpoints = [word for word in words if word not in INSTRUMENTS]
+    if not wanted or not checkpoints:
+        raise SystemExit("study.py measure CHECKPOINT… and some of " + ", ".join(INSTRUMENTS))
+    objectives.register_losses()  # a checkpoint's settings may name one of them
+    for checkpoint in checkpoints:
+        source = [] if checkpoint == "untrained" else ["--checkpoint", checkpoint]
+        with torch.no_grad():
+            found = measure_checkpoint(wanted, balcon.parse_flags([*source, *flags]))
+        print(json.dumps({"checkpoint": checkpoint, **found}))
+
+
 def pixels(*flags):
-    """Prints the accuracies of raw pixels: the control that needs no network."""
+    """Print the accuracies of raw pixels: the control that needs no network."""
     cfg = balcon.parse_flags([*flags, "--probe", "features"])
     train, test = balcon.load_data(cfg, torch.device("cpu"))
-    features = [(data.images.flatten(1).float() / 255, data.labels) for data in (train, test)]
-    print(json.dumps({**balcon.knn(None, train, features, cfg),
-                      **balcon.linear(None, train, features, cfg)}))
 
+    def features(data):
+        return data.pixels.flatten(1).float() / 255
 
-# ------------------------------------------ runs that are no recipe ---------------------------
-def quadratic(z1, z2, alpha, lam, similarity="cosine"):
-    """−s⁺ + (αλ/2) mean of s² over the negatives: what the balanced loss becomes to second order,
-    and HaoChen et al.'s spectral contrastive loss on the sphere with μ = αλ. One process only."""
-    m = len(z1)
-    z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
-    s = z @ z.T
-    image = torch.arange(m, device=z.device).repeat(2)
-    negatives = s[image[:, None] != image].view(2 * m, -1)
-    return alpha * lam / 2 * negatives.square().mean() - s.diagonal(m).mean()
-
-
-def wang_isola(z1, z2, alpha, lam, similarity="cosine"):
-    """Half of Wang & Isola's ‖x − y‖² + log E exp(−t‖x − x′‖²), t = 2, so that the positive weighs
-    as in Eq. 17: up to a constant (4, 2) with the log outside the mean. One process only."""
-    z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
-    alignment = (z1 - z2).square().sum(1).mean()
-    uniformity = [(-2 * torch.pdist(z).square()).exp().mean().log() for z in (z1, z2)]
-    return (alignment + sum(uniformity) / 2) / 2
-
-
-def strong_recipe():
-    """dkobak/simclr-cifar10: weak grayscale, and a projector without batch norm. Returns flags."""
-    build = balcon.build_encoder
-
-    def build_without_norm(cfg, device):
-        encoder = build(cfg, device)
-        layers, width = [], next(encoder.projector.parameters()).shape[1]
-        for wider in cfg.projector:
-            layers += [nn.Linear(width, wider), nn.ReLU(inplace=True)]
-            width = wider
-        encoder.projector = nn.Sequential(*layers[:-1]).to(device)
-        return encoder
-
-    balcon.build_encoder = build_without_norm
-    balcon.AUGMENTATIONS["grayscale"].p = 0.1
-    return ["--weight-decay", "5e-4", "--crop-scale", "0.2", "1", "--projector", "1024", "128"]
-
-
-class RoundToBFloat16(torch.autograd.Function):
-    """Values and gradients as bfloat16 holds them, kept in float32."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.bfloat16().float()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.bfloat16().float()
-
-
-def round_to_bfloat16(network):
-    """What autocast to bfloat16 does to a network, on a CPU that computes in float32 only: inputs,
-    outputs and gradients of every layer are rounded, and the weights of those that multiply."""
-    rounded = RoundToBFloat16.apply
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv2d):
-            layer.forward = lambda x, layer=layer: rounded(
-                layer._conv_forward(rounded(x), rounded(layer.weight), layer.bias))
-        elif isinstance(layer, nn.Linear):
-            layer.forward = lambda x, layer=layer: rounded(
-                F.linear(rounded(x), rounded(layer.weight), layer.bias))
-        elif not list(layer.children()):
-            layer.register_forward_hook(lambda layer, x, output: rounded(output))
-    return network
-
-
-def bfloat16_recipe():
-    build = balcon.build_encoder
-    balcon.build_encoder = lambda cfg, device: round_to_bfloat16(build(cfg, device))
-    return []
-
-
-def train(kind, *flags):
-    """balcon.main with another loss, another recipe or another precision; later flags win."""
-    if kind in ("strong", "bfloat16"):
-        recipe = {"strong": strong_recipe, "bfloat16": bfloat16_recipe}[kind]
-        flags = [*recipe(), *flags]
-    else:
-        balcon.LOSSES[kind] = {"quadratic": quadratic, "wang_isola": wang_isola}[kind]
-        flags = ["--loss", kind, *flags]
-    balcon.main(["--dataset", "cifar10", *flags])
+    print(json.dumps({**balcon.knn(features, train, test, cfg),
+                      **balcon.linear(None, features, train, test, cfg)}))
 
 
 def picture(before, after):
@@ -280,6 +246,7 @@ def picture(before, after):
     first run, its five neighbours in the second."""
     pictures = (Image.open(path).convert("RGB") for path in (before, after))
     before, after = map(np.asarray, pictures)
-    side, gap = 74, np.full_like(before[:, :20], 255)
+    side = 74
+    gap = np.full_like(before[:, :20], 255)
     joined = np.hstack([before[:, :6 * side], gap, after[:, side:6 * side + 2]])
     Image.fromarray(joined).save(Path(__file__).with_name("neighbors.png"), optimize=True)

@@ -1,25 +1,28 @@
-"""The runs of runs.jsonl, their grids over α and λ, and how well models explain a grid.
+"""The runs of runs.jsonl: read, selected, grouped, merged with those of the lane.
 
-runs.jsonl: line 1 holds what is common, every other line is one run; ids that differ only in
-"-sSEED" are seeds of one row. argv holds the flags beyond those of the preset.
+Line 1 holds what is common, every other line is one run. Ids that differ only in "-sSEED" are
+seeds of one row. argv holds the flags beyond those of the preset.
 """
 import functools
 import json
-import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
+from stats import half_width, pooled_sd, verdict
 
 HERE = Path(__file__).resolve().parent
-NAMES = {"balanced": "balanced", "ntxent": "NT-Xent", "quadratic": "quadratic limit",
-         "wang_isola": "Wang & Isola", "resnet8": "ResNet-8", "resnet10": "ResNet-10",
-         "resnet18": "ResNet-18", "uni": "uniform", "lt": "long-tailed", "full": "all 50,000"}
+FILE = HERE / "runs.jsonl"
+NAMES = {"balanced": "balanced", "ntxent": "NT-Xent", "uni": "uniform", "lt": "long-tailed",
+         "full": "all 50,000", "resnet8": "ResNet-8", "resnet10": "ResNet-10",
+         "resnet18": "ResNet-18"}
+LOSSES = ("balanced", "ntxent")
 
 
-# ------------------------------------------ runs ------------------------------------------
+# ------------------------------------------ reading ------------------------------------------
 def parse(argv):
-    """"--lam 4 --drop a b" -> {"lam": 4.0, "drop": "a b"}."""
+    """"--lam 4 --drop a b" -> {"lam": 4.0, "drop": "a b"}; a later flag wins."""
     settings = {}
     for flag in argv.split("--")[1:]:
         name, _, value = flag.strip().partition(" ")
@@ -29,17 +32,17 @@ def parse(argv):
 
 
 def read(line, presets):
-    """One run with the settings of its flags and what tables derive from it."""
+    """One run with the settings of its flags and what the tables derive from it."""
     run = {"loss": "balanced", "alpha": 2.0, "lam": 4.0, "lr": 0.1, "similarity": "cosine",
            "subset": "full", **parse(presets.get(line.get("preset"), "")),
            **parse(line.get("argv", "")), **line}
+    run["row"] = re.sub(r"-s\d+$", "", run["id"])
     run["strategy"] = "+ " + run["add"] if "add" in run else "base"
     if "drop" in run:
         run["strategy"] = "− " + run["drop"]
-    run["row"] = re.sub(r"-s\d+$", "", run["id"])
+    run["used"] = run.get("evaluated", run["subset"])
     loss = NAMES.get(run["loss"], run["loss"])
     run["method"] = run.get("label", f"{loss} ({run['alpha']:g}, {run['lam']:g})")
-    run["used"] = run.get("evaluated", run["subset"])
     if run.get("epochs") == 0:
         run.update(subset="–", strategy="–", lr="–")
         run["method"] = "raw pixels" if run.get("backbone") == "pixels" else "untrained"
@@ -48,9 +51,14 @@ def read(line, presets):
         run["paper"] = np.array(PAPER[run["loss"]])[place]
     if "seconds" in run:
         run.setdefault("minutes", run["seconds"] / 60)
+    if "views" in run:
+        run["views_percent"] = 100 * run["views"] / PAPER["views"]
+    if "pflop" in run:
+        run["pflop_percent"] = 100 * run["pflop"] / PAPER["pflop"]
     if "bias" in run:
         unit = run["bias"]["projection"]
         run.update(eq51=unit[0], eq51_se=unit[1], eq16=unit[2], relative=unit[5])
+        run["eq51_raw"] = run["bias"]["raw_projection"][0]
         run["relative_features"] = run["bias"]["features"][5]
     if "same_class" in run:
         own = run["same_class"][PAPER["axis"].index(run["alpha"])]
@@ -60,7 +68,7 @@ def read(line, presets):
     return run
 
 
-HEADER, *LINES = map(json.loads, (HERE / "runs.jsonl").read_text(encoding="utf8").splitlines())
+HEADER, *LINES = map(json.loads, FILE.read_text(encoding="utf8").splitlines())
 PAPER = HEADER["paper"]
 RUNS = [read(line, HEADER["presets"]) for line in LINES]
 
@@ -77,10 +85,51 @@ def by(runs, *fields):
     return groups
 
 
+def row(name):
+    """The runs of this row, or the one run of this id."""
+    runs = select(row=name) or select(id=name)
+    if not runs:
+        raise KeyError(f"there is no run {name}")
+    return runs
+
+
+def values(name, field):
+    runs = row(name)
+    if any(field not in run for run in runs):
+        raise KeyError(f"the run {name} has no {field}")
+    return [run[field] for run in runs]
+
+
+# ------------------------------------------ spread over seeds ----------------------------------
+def comparable(run):
+    return run.get("preset"), run.get("epochs"), run.get("stage")
+
+
+@functools.cache
+def spread(name, field):
+    """Pooled SD of one run and its degrees of freedom: over all trained rows of the same preset,
+    stage and number of epochs."""
+    kind = comparable(row(name)[0])
+    trained = [run for run in RUNS if comparable(run) == kind and run["epochs"] and field in run]
+    groups = by(trained, "row").values()
+    return pooled_sd([[run[field] for run in runs] for runs in groups])
+
+
+def difference(one, two, field):
+    """(mean of row one − mean of row two, half of its 95 % interval)."""
+    first = values(one, field)
+    second = values(two, field)
+    if comparable(row(one)[0]) != comparable(row(two)[0]):
+        raise ValueError(f"{one} and {two} are not of one preset and number of epochs")
+    return np.mean(first) - np.mean(second), half_width(*spread(one, field), len(first),
+                                                        len(second))
+
+
+def verdict_of(one, two, field):
+    return verdict(*difference(one, two, field))
+
+
 # ------------------------------------------ the grids ------------------------------------------
-LOSSES = ("balanced", "ntxent")
-
-
 def grid_runs(loss):
     """Preset R over α and λ at the rate 0.1, which is Fig. 5 at our scale."""
     return select(preset="R", loss=loss, lr=0.1, epochs=12, similarity="cosine", strategy="base")
@@ -96,57 +145,37 @@ def grid(loss, field, least=1):
     return np.log2(alpha), np.log2(lam), y
 
 
-# ------------------------------------------ models ------------------------------------------
-def fit(columns, y):
-    """R² of least squares with a constant; leave-one-out R², in which both the model and the mean
-    know the other cells only."""
-    n = len(y)
-    x = np.column_stack([np.ones(n), *columns])
-    hat = x @ np.linalg.pinv(x)
-    residual = y - hat @ y
-    left_out = residual / (1 - hat.diagonal()) * (1 - 1 / n)
-    total = ((y - y.mean()) ** 2).sum()
-    return 1 - (residual ** 2).sum() / total, 1 - (left_out ** 2).sum() / total
+# ------------------------------------------ commands ------------------------------------------
+def command(name):
+    """What trains a run again, at its commit: balcon.py, or `study.py train` for the runs that
+    are no recipe."""
+    run = row(name)[0]
+    kind = HEADER["trained by"].get(run["preset"])
+    if run["loss"] not in LOSSES:
+        kind = run["loss"]
+    program = "balcon.py"
+    if kind:
+        program = f".github/results/study.py train {kind}"
+    argv = run["argv"].replace(f"--loss {kind}", "").split()
+    if run.get("backbone") == "pixels":
+        program = ".github/results/study.py pixels"
+        argv = [word for word in argv if word not in ("--backbone", "pixels")]
+    preset = HEADER["presets"][run["preset"]].split()
+    flags = " ".join([*preset, *argv, "--seed", str(run["seed"])])
+    return f"git checkout {run['git']} && python {program} {flags}"
 
 
-def models(a, b):
-    """The columns of each model, for a = log α and b = log λ."""
-    p = a + b
-    return {"log α, quadratic (3)": [a, a ** 2],
-            "**log αλ, quadratic (3)**": [p, p ** 2],
-            "log α + log λ, both quadratic (5)": [a, a ** 2, b, b ** 2]}
-
-
-def best_exponent(a, b, y):
-    """The w for which a quadratic in log αλʷ explains most, and that quadratic."""
-    fits = {}
-    for w in np.arange(0.3, 1.31, 0.01):
-        quadratic, residual, *_ = np.polyfit(a + w * b, y, 2, full=True)
-        fits[residual[0]] = w, quadratic
-    return fits[min(fits)]
-
-
-def exponent_scores(a, b, y):
-    """w, R² and leave-one-out R²; each left-out cell is unknown to its w as well."""
-    n, errors = len(y), []
-    for i in range(n):
-        others = np.arange(n) != i
-        w, quadratic = best_exponent(a[others], b[others], y[others])
-        errors.append((y[i] - np.polyval(quadratic, a[i] + w * b[i])) * (1 - 1 / n))
-    w = best_exponent(a, b, y)[0]
-    left_out = 1 - np.square(errors).sum() / ((y - y.mean()) ** 2).sum()
-    return w, fit([a + w * b, (a + w * b) ** 2], y)[0], left_out
-
-
-def p_value(t, freedom):
-    """Two-sided, of Student's t, by summing its density."""
-    x = np.linspace(0, 200, 400_001)
-    density = (1 + x ** 2 / freedom) ** (-(freedom + 1) / 2)
-    return density[x >= abs(t)].sum() / density.sum()
-
-
-def p_of_alpha(a, b, y):
-    """p of a term log α beside the quadratic in log αλ."""
-    p, freedom = a + b, len(y) - 4
-    without, with_alpha = fit([p, p ** 2], y)[0], fit([p, p ** 2, a], y)[0]
-    return p_value(math.sqrt((with_alpha - without) * freedom / (1 - with_alpha)), freedom)
+def merge(rows_file):
+    """Append the lane's new rows to runs.jsonl. A known id with other figures is refused."""
+    known = {line["id"]: line for line in LINES}
+    new = []
+    for text in Path(rows_file).read_text(encoding="utf8").splitlines():
+        line = json.loads(text)
+        if line["id"] in known and known[line["id"]] != line:
+            sys.exit(f"{line['id']} is in runs.jsonl with other figures")
+        if line["id"] not in known:
+            known[line["id"]] = line
+            new.append(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+    with open(FILE, "a", encoding="utf8") as file:
+        file.writelines(new)
+    print(f"{len(new)} new runs")

@@ -1,0 +1,127 @@
+"""Statistics of the study: spread over seeds, intervals, verdicts, models of a grid, p values."""
+import math
+
+import numpy as np
+
+MARGIN = 1.1  # points; the headline effect of the paper is 1.13 (QUESTIONS.md)
+
+
+# ------------------------------------------ Student's t ------------------------------------------
+def central_probability(t, freedom):
+    """P(|T| < t) for Student's t with a whole number of degrees of freedom: its finite series."""
+    angle = math.atan2(abs(t), math.sqrt(freedom))
+    square = math.cos(angle) ** 2
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for power in range(1 + odd, freedom, 2):
+        total += term
+        term *= square * power / (power + 1)
+    series = math.sin(angle) * total
+    return 2 / math.pi * (angle + series) if odd else series
+
+
+def p_value(t, freedom):
+    """Two-sided."""
+    return 1 - central_probability(t, freedom)
+
+
+def t_quantile(freedom, confidence=0.95):
+    """The t that |T| exceeds with probability 1 − confidence, by bisection."""
+    low = 0.0
+    high = 1e4
+    for _ in range(100):
+        middle = (low + high) / 2
+        if central_probability(middle, freedom) < confidence:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+# ------------------------------------------ differences ------------------------------------------
+def pooled_sd(groups):
+    """Standard deviation of one run within groups of runs that differ in the seed alone, and its
+    degrees of freedom. Groups of one run say nothing about it."""
+    squares = sum(((np.array(group) - np.mean(group)) ** 2).sum() for group in groups)
+    freedom = sum(len(group) - 1 for group in groups)
+    if not freedom:
+        return math.nan, 0
+    return math.sqrt(squares / freedom), freedom
+
+
+def half_width(sd, freedom, *sizes):
+    """Half of the 95 % interval of a mean of n runs, or of the difference of two such means."""
+    if not freedom:
+        return math.nan
+    return t_quantile(freedom) * sd * math.sqrt(sum(1 / n for n in sizes))
+
+
+def verdict(difference, half):
+    """better, worse, level or open, by the rule of QUESTIONS.md."""
+    if difference - half > 0:
+        return "better"
+    if difference + half < 0:
+        return "worse"
+    if abs(difference) + half < MARGIN:
+        return "level"
+    return "open"
+
+
+# ------------------------------------------ models of a grid -------------------------------------
+def fit(columns, y):
+    """R² of least squares with a constant; leave-one-out R², in which both the model and the mean
+    know the other cells only."""
+    n = len(y)
+    x = np.column_stack([np.ones(n), *columns])
+    hat = x @ np.linalg.pinv(x)
+    residual = y - hat @ y
+    left_out = residual / (1 - hat.diagonal()) * (1 - 1 / n)
+    total = ((y - y.mean()) ** 2).sum()
+    return 1 - (residual ** 2).sum() / total, 1 - (left_out ** 2).sum() / total
+
+
+def models(a, b):
+    """The columns of each model, for a = log α and b = log λ."""
+    p = a + b
+    return {"log α, quadratic (3)": [a, a ** 2],
+            "log αλ, quadratic (3)": [p, p ** 2],
+            "log α + log λ, both quadratic (5)": [a, a ** 2, b, b ** 2]}
+
+
+def best_exponent(a, b, y):
+    """The w for which a quadratic in log αλʷ explains most, and that quadratic."""
+    fits = {}
+    for w in np.arange(0.3, 1.31, 0.01):
+        quadratic, residual, *_ = np.polyfit(a + w * b, y, 2, full=True)
+        fits[residual[0]] = w, quadratic
+    return fits[min(fits)]
+
+
+def exponent_scores(a, b, y):
+    """w, R² and leave-one-out R²; each left-out cell is unknown to its w as well."""
+    n = len(y)
+    errors = []
+    for i in range(n):
+        others = np.arange(n) != i
+        w, quadratic = best_exponent(a[others], b[others], y[others])
+        errors.append((y[i] - np.polyval(quadratic, a[i] + w * b[i])) * (1 - 1 / n))
+    w = best_exponent(a, b, y)[0]
+    left_out = 1 - np.square(errors).sum() / ((y - y.mean()) ** 2).sum()
+    return w, fit([a + w * b, (a + w * b) ** 2], y)[0], left_out
+
+
+def p_of_alpha(a, b, y):
+    """p of a term log α beside the quadratic in log αλ."""
+    p = a + b
+    freedom = len(y) - 4
+    without = fit([p, p ** 2], y)[0]
+    with_alpha = fit([p, p ** 2, a], y)[0]
+    return p_value(math.sqrt((with_alpha - without) * freedom / (1 - with_alpha)), freedom)
+
+
+def correlation(x, y):
+    """Pearson's r and its p."""
+    r = np.corrcoef(x, y)[0, 1]
+    freedom = len(x) - 2
+    return r, p_value(r * math.sqrt(freedom / (1 - r * r)), freedom)
