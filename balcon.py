@@ -25,9 +25,11 @@ Letters, as in the paper:
 The file has three parts. Part 1 is the method, in the order of use: losses, views, images, model,
 pretraining, evaluation. You may stop there. Part 2 measures the paper's theory. Part 3 is the
 machinery that part 1 calls in single lines: settings, checkpoints, processes, files, pictures.
-`cfg` holds the settings; part 3 begins with the table of them.
+`cfg` holds the settings, which the table at the start of part 3 explains, and two values derived
+from them: `cfg.views`, the distribution of views, and `cfg.images`, a fingerprint of the images.
 """
 import argparse
+import contextlib
 import difflib
 import errno
 import hashlib
@@ -36,7 +38,6 @@ import json
 import math
 import os
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
@@ -71,15 +72,15 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
     similarity: "cosine", or "dot" or "euclidean" (negative squared distance, footnote 3) of the
     projections as they are. Computed in float32 at least, also under autocast.
 
-    Under torch.distributed the anchors are this rank's m images, the negatives come from all
-    ranks, and m must be equal on all; DDP's averaged gradient is that of one process with the
-    whole batch. With all_ranks=False the other ranks take no part.
+    Under torch.distributed, with R ranks, the 2m anchors are this rank's own, and the 2(Rm−1)
+    negatives come from all ranks. m must be equal on all ranks. DDP's averaged gradient is that of
+    one process with the whole batch. With all_ranks=False each rank computes alone.
 
     Gradients are 1/α of those of NT-Xent as usually written, with temperature 1/α: multiply an
     SGD learning rate from the SimCLR literature by α, and divide its weight decay by α.
 
-    repel_positive makes the loss below. Raises ValueError for shapes other than [m, d], integers,
-    other similarities, α ≤ 0, λ < 0, or a batch of one image.
+    With repel_positive=True this is generalized_nt_xent_loss. Raises ValueError for shapes other
+    than [m, d], integers, other similarities, α ≤ 0, λ < 0, or a batch of one image.
     """
     if z1.shape != z2.shape or z1.dim() != 2 or not z1.is_floating_point():
         raise ValueError(f"z1 and z2 must both be floating-point [m, d], not {z1.dtype} "
@@ -112,18 +113,18 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
         if world > 1:
             parts = [torch.empty_like(z) for _ in range(world)]
             dist.all_gather(parts, z.detach())
-            parts[rank] = z  # the gathered rows have no gradient, these have
+            parts[rank] = z  # of all rows only my own keep their graph
             candidates = torch.cat(parts)  # [world · 2m, d]
-            if z.requires_grad:  # other ranks' losses depend on my rows, too: sum their gradients
+            if z.requires_grad:  # every rank's loss depends on my rows: sum their gradients
                 candidates.register_hook(sum_over_ranks)
         s = z @ candidates.T  # [2m, world · 2m]
         if similarity == "euclidean":
             s = 2 * s - z.square().sum(1, keepdim=True) - candidates.square().sum(1)
 
-        first = 2 * m * rank  # the column of my first view
+        first = 2 * m * rank  # the column of my first anchor
         itself = first + torch.arange(2 * m, device=z.device)  # [2m]: the column of each anchor
         other_view = itself.roll(m)  # [2m]: the column of its positive
-        positive = s.diagonal(first + m)[:m].repeat(2)  # [2m]: s(z, z⁺), equal for both views
+        positive = s[:m, first + m:].diagonal().repeat(2)  # [2m]: s(z, z⁺), equal for both views
         excluded = itself[:, None] if repel_positive else torch.stack([itself, other_view], 1)
         negatives = s.scatter(1, excluded, -math.inf)
         return (lam / alpha * (alpha * negatives).logsumexp(1) - positive).mean()
@@ -154,7 +155,7 @@ LOSSES = {"balanced": balanced_contrastive_loss, "ntxent": generalized_nt_xent_l
 
 # ----------------------------------------- views ------------------------------------------
 class Draw:
-    """t ~ T, once for each view of a batch: random numbers by name.
+    """The random numbers behind a batch of views: a t ~ T for each view.
 
     They are a pure function of the key. So the same key gives the same t to other images (Eq. 51).
     Every rank draws for all views of the batch and uses its own rows: 1, 2 or 8 processes see the
@@ -205,16 +206,16 @@ def color_jitter(x, t):
 def turn_hue(x, turn):
     """x: [n, 3, H, W]; turn: [n, 1, 1, 1], in turns of the colour circle, at most a third.
 
-    Here hue is an angle in sixths of a turn: 0 is red, 2 green, 4 blue. In HSV the brightest
-    channel decides the sector, and the difference of the other two the place within it.
+    Hue (as in HSV) is an angle in sixths of a turn: red is 0, green 2, blue 4. The brightest
+    channel tells which of these is nearest, the difference of the other two how far away it is.
     """
     red, green, blue = x.split(1, 1)
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
     hue = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
     hue = torch.where(value == red, green - blue, hue) / chroma.clamp(min=1e-12)
-    # Back to RGB: a channel has its full value within 1 of its own hue, and is at its darkest
-    # from 2 on. The angle between two hues goes up to 3; an angle of 5 is one of 1.
+    # Back to RGB: a channel is brightest where the hue is within 1 of its own, and darkest from a
+    # distance of 2 on. 3 − |difference − 3| is the distance on the circle: 5 sixths are 1.
     own_hue = torch.arange(0, 6, 2, device=x.device)[:, None, None]
     difference = (hue + (6 * turn - own_hue)).abs()  # [n, 3, H, W]
     return value - chroma * (2 - (difference - 3).abs()).clamp_(0, 1)
@@ -269,7 +270,8 @@ AUGMENTATIONS = {  # name: (the function, the probability that it is applied to 
     "random_rotation": (random_rotation, 0.75),  # 0, 1, 2 and 3 quarters are equally likely
     "gaussian_noise": (gaussian_noise, 0.5),
 }
-# T: a random crop of crop_scale of the image, resized to size × size, then augmentations by name.
+# T, the distribution of views: a random crop of a share in crop_scale of the image, resized to
+# size × size, then the augmentations of these names, in order.
 Views = namedtuple("Views", "names size crop_scale")
 
 
@@ -300,11 +302,10 @@ def random_crop_boxes(t, shape, scale):
     left = (corner[..., 1] * (width - w + 1)).floor().minimum(width - w)
     boxes = torch.stack([top, left, h, w], 2)  # [n, 10, 4]
 
-    h = height.minimum((width * 4 / 3).round())
-    w = width.minimum((height * 4 / 3).round())
-    top = ((height - h) / 2).floor()
-    left = ((width - w) / 2).floor()
-    boxes = torch.cat([boxes, torch.stack([top, left, h, w], 2)], 1)  # [n, 11, 4]
+    largest = torch.cat([height.minimum((width * 4 / 3).round()),
+                         width.minimum((height * 4 / 3).round())], 1)  # [n, 2]
+    central = torch.cat([((shape - largest) / 2).floor(), largest], 1)
+    boxes = torch.cat([boxes, central[:, None]], 1)  # [n, 11, 4]
     fits = (boxes[..., 2] <= height) & (boxes[..., 3] <= width)  # the eleventh always does
     return boxes[torch.arange(len(boxes)), fits.int().argmax(1)].long()
 
@@ -326,7 +327,7 @@ def crop_resize(x, box, size):
     scale = length / size
     pixel = torch.arange(0.5, height, device=x.device)  # [H], the centres of the pixels
     centre = start + scale * torch.arange(0.5, size, device=x.device)[:, None]  # [n, 2, size, 1]
-    weight = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp_(min=0)  # wider to shrink
+    weight = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp_(min=0)  # a triangle
     weight = weight * ((pixel > start) & (pixel < start + length))  # nothing beyond the crop
     rows, columns = (weight / weight.sum(-1, keepdim=True)).unbind(1)  # [n, size, H] each
     x = x.flatten(1, 2) @ columns.mT  # [n, 3·H, size]
@@ -342,7 +343,7 @@ class Images:
     lies in the upper left corner.
 
     shapes: [N, 2], height and width; labels: [N], −1 if unknown; names: [N]. On the CPU.
-    size: pixels of a plain image's side; None for an image as it is.
+    Without views, an image's central square is resized to `size`; None leaves it as it is.
     """
     device = torch.device("cpu")
 
@@ -370,29 +371,31 @@ class Images:
         return chosen.to(self.device)
 
     def batches(self, order, views=None, n=1, key=(), one_t=False):
-        """Yields step, x for each (step, rows) of `order`.
+        """Yields step, x for each (step, rows) of `order`; rows: [m], images of a batch.
 
-        x [n·b, 3, size, size], normalised, shows this rank's b of the rows: n views of each, view
-        by view, or the plain images if there are no `views`. With one_t all have the same t.
+        x: [n·b, 3, size, size], normalised. It holds n views of each of this rank's b images,
+        first the first view of all, then the second. Without `views` it holds the b images. With
+        one_t all views have the same t.
         """
         def requests():
             for step, rows in order:
                 m = len(rows)
-                own = torch.arange(m)[rank_share(m)]  # [b]
-                in_batch = (m * torch.arange(n)[:, None] + own).flatten()  # [n·b], view by view
-                t = Draw((*key, step), n * m, in_batch)
+                own = torch.arange(m)[rank_share(m)]  # [b]: places of this rank's images in `rows`
                 if one_t:
-                    t = Draw(key, 1, torch.zeros_like(in_batch))
+                    t = Draw(key, 1, torch.zeros(n * len(own)).long())
+                else:
+                    places = (m * torch.arange(n)[:, None] + own).flatten()  # [n·b], of n·m views
+                    t = Draw((*key, step), n * m, places)
                 yield step, rows[own], t
 
         mean, std = to_device(torch.tensor([MEAN, STD]), self.device)[..., None, None]
-        for step, x, t in self.crops(requests(), views):
+        for step, x, t in self.read(requests(), views):
             if views:
                 x = augment(x, t, views.names)
             yield step, ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
-    def crops(self, requests, views):
-        """Yields step, x [n·b, 3, size, size] in [0, 1], t: random crops, or the plain images."""
+    def read(self, requests, views):
+        """Yields step, x [n·b, 3, size, size] in [0, 1], t: cropped, not augmented yet."""
         for step, rows, t in requests:
             x = self.pixels[to_device(rows, self.device)].float() / 255
             shape = self.shapes[rows]
@@ -493,7 +496,7 @@ def extract(backbone, data, cfg):
 
 def nearest(bank, queries, k):
     """[Q, k]: the rows of bank [N, d] most cosine-similar to queries [Q, d], nearest first."""
-    length = bank.norm(dim=1).clamp(min=1e-12)  # of a query it makes no difference
+    length = bank.norm(dim=1).clamp(min=1e-12)  # a query's own length leaves its ranking as it is
     return torch.cat([(part @ bank.T).div_(length).topk(k).indices for part in queries.split(128)])
 
 
@@ -568,7 +571,8 @@ def train_on_crops(backbone, width, train, cfg):
     optimizer = kind(classifier.parameters(), lr=peak, momentum=0.9)
     views = Views(["flip"], train.size or train.pixels.shape[-1], (0.08, 1.0))
     path = cfg.out / "classifier.pt"
-    made_by = {"settings": chosen(cfg, DEPENDS["linear"]), "backbone": before}
+    made_by = {"settings": chosen(cfg, DEPENDS["linear"]), "backbone": before,
+               "images": cfg.images}
     first_epoch = resume(path, made_by, classifier=classifier, optimizer=optimizer)["epoch"]
     for epoch in range(first_epoch, cfg.probe_epochs):
         order = torch.randperm(len(train), generator=rng(cfg.seed, "classifier", epoch))
@@ -621,11 +625,11 @@ def linear(backbone, features, train, test, cfg):
 # f(t(x)) is the projection of unit length (Assumption 4.2), unless another space is named.
 @torch.no_grad()
 def embed(encoder, data, cfg, name, n=1, groups=1, one_t=False):
-    """(unit projections, raw projections, backbone features), each [N, groups, d]: means over
-    n / groups views of each image, on every rank. The same name gives the same t to the same row;
-    with one_t all images get the same t.
+    """(unit projections, raw projections, backbone features), each [N, groups, d], on every rank.
 
-    In float32 even where training is not: rounding would be a distance, too.
+    The n views of an image fall into equal groups; each group is averaged. The same name gives the
+    same t to the same row; with one_t all images get the same t. Computed in float32 even where
+    training is not: rounding would be a distance, too.
     """
     encoder.eval()
     batches = torch.arange(len(data)).split(max(1, 512 // n))
@@ -657,9 +661,9 @@ def class_means(x, labels):
 def mean_length(gaps):
     """Mean distance between two expectations over T, extrapolated to infinitely many views.
 
-    gaps: [N, 2, d], their difference, estimated from each half of K views. An estimate from K views
-    has a squared length too large by about c/K, one from K/2 views by 2c/K. So twice the former
-    minus the latter is free of c (Richardson extrapolation), if the N lengths are similar.
+    gaps: [N, 2, d], their difference, estimated from each half of K views. Noise makes the squared
+    length too large: by about c/K with K views, by 2c/K with K/2. So twice the former minus the
+    latter is free of c (Richardson extrapolation), if the N lengths are similar.
     """
     whole = gaps.mean(1).norm(dim=1).mean()
     half = gaps.norm(dim=2).mean()
@@ -678,8 +682,9 @@ def bias(encoder, train, cfg):
     """Eq. 51, the paper's estimate of the bias, and Eq. 16, the bias, in three spaces (A.3.2).
 
     Eq. 51 applies the same t to an image and to another one of its class; by Jensen's inequality
-    it is an upper bound of Eq. 16. Neither has a scale of its own. So `relative` divides Eq. 51 by
-    the mean distance of two random views, and Eq. 16 by that of two random images' mean views.
+    it is an upper bound of Eq. 16. Both grow with the scale of the space. So `relative` divides
+    Eq. 51 by the mean distance of two random views, and Eq. 16 by that of the mean views of two
+    random images.
     """
     data, labels = theory_images(train, cfg)
     shuffled = torch.randperm(len(data), generator=rng(cfg.seed, "pairs"))
@@ -715,10 +720,10 @@ def theorem_sides(anchor, mean_view, bank, labels, alpha):
     anchor, bank: [N, d], one view of each image, drawn independently; mean_view: [N, d], E f(T(x)).
     Each image of the bank has its own t′.
 
-    Theorem 4.6 bounds max over y′ ≠ y of s(f, prototype of y′) by B/ν. The proof's Case 1 first
-    replaces a length by 1 (Eq. 34, 35), then multiplies a maximum that is not positive by 1/ν
-    (Eq. 38), which makes it smaller. So the bound holds where B ≥ 0 (sufficient, not necessary;
-    α ≤ log C is enough), and max(B, B/ν) always.
+    Theorem 4.6 bounds max over y′ ≠ y of s(f, prototype of y′) by B/ν. In Case 1 of its proof that
+    maximum is not positive, and Eq. 38 multiplies it by 1/ν ≥ 1, which makes it smaller instead of
+    larger. So the bound holds where B ≥ 0 (sufficient, not necessary; α ≤ log C is enough), and
+    max(B, B/ν) always.
     """
     own = labels[:, None] == torch.arange(int(labels.max()) + 1, device=labels.device)  # [N, C]
     prototypes = class_means(bank, labels)  # [C, d]
@@ -735,9 +740,9 @@ def bounds(encoder, train, cfg):
     """How tight Theorems 4.4 (K views) and 4.6 (one view of each image as bank) are: mean gaps,
     right minus left side (A.4.5, Fig. 6), and the share of images where a bound fails.
 
-    `printed` is Eq. 10 as it is printed: one t′ for the whole bank, B's mean over K of them.
-    Also what the theorems assume: the angle between f(t(x)) and the mean view, at most 90° by
-    Assumption 4.3; ν; how often B < 0. Eq. 17's λ is Eq. 2's over ν.
+    `printed` is the gap of Eq. 10 as it is printed: with one t′ for the whole bank, then the mean
+    of B over K draws of t′. Also what the theorems assume: the angle between f(t(x)) and the mean
+    view, at most 90° by Assumption 4.3; ν; how often B < 0. Eq. 17's λ is Eq. 2's over ν.
     """
     data, labels = theory_images(train, cfg)
     anchor = embed(encoder, data, cfg, "anchors")[0][:, 0]
@@ -895,7 +900,7 @@ def parse_flags(argv=None):
     require_one_of(RECIPES, dataset, f"--dataset {dataset} is unknown")
     foreign = ["init"] if dataset == saved.get("dataset") else ["init", "limit", "subset"]
     saved = {name: value for name, value in saved.items() if name not in foreign}
-    parser.set_defaults(**{**recipe_of(dataset), **saved, "dataset": dataset})
+    parser.set_defaults(**recipe_of(dataset) | saved | {"dataset": dataset})
     parser.add_argument("-h", "--help", action="help", help="show this")
     cfg, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -910,7 +915,7 @@ def parse_flags(argv=None):
                                 if vars(cfg)[key] != recipe[key])])
     if cfg.checkpoint:
         name = f"{dataset}-by-{'-'.join(Path(cfg.checkpoint).with_suffix('').parts[-2:])}"
-    elif cfg.data != recipe["data"]:
+    elif dataset == "folder":
         name += f"-{Path(cfg.data).resolve().name}"
     cfg.out = Path(cfg.out or "runs/" + re.sub(r"[^\w.]+", "-", name)[:100])
     cfg.data = Path(cfg.data)
@@ -944,6 +949,8 @@ def check_settings(cfg):
          f"an augmentation comes twice: {' '.join(cfg.views.names)}"),
         (any(not present & set(DROPPABLE[name]) for name in cfg.drop),
          f"--drop {' '.join(cfg.drop)}: the recipe has none"),
+        (cfg.limit and cfg.subset not in ("full", "lt", "uni"),
+         "--limit and a list of files in --subset exclude each other"),
         (cfg.theory_views % 2, f"--theory-views {cfg.theory_views} must be even"),
         (cfg.init and not Path(cfg.init).is_file(),
          f"--init {cfg.init} is no file; it takes weights that were saved with torch.save"),
@@ -1065,22 +1072,23 @@ MEANINGS = {  # the figures that are printed, beside kNN's; results.json has mor
 def conclude(results, cfg):
     """Print the table. Returns 1 if the demonstration did not learn."""
     columns = {stage: {} for stage in ("untrained", "trained") if stage in results}
-    meanings = {f"knn{k}": f"kNN, k = {k}, top-1 accuracy, %" for k in cfg.k} | MEANINGS
     for stage, column in columns.items():
         for name in cfg.eval:
             column |= results[stage].get(name, {})
-    names = [name for name in columns[stage] if name in meanings]
-    if names and rank() == 0:
-        print(f"{'':52}" + "".join(f"{stage:>12}" for stage in columns))
-    for name in names * (rank() == 0):
-        values = [column.get(name, math.nan) for column in columns.values()]
-        print(f"{meanings[name]:52}" + "".join(f"{value:12.4g}" for value in values), flush=True)
+    if cfg.eval:
+        say(" " * 52 + "".join(f"{stage:>12}" for stage in columns))
+    for name, meaning in [*((f"knn{k}", f"kNN, k = {k}, top-1 accuracy, %") for k in cfg.k),
+                          *MEANINGS.items()]:
+        if any(name in column for column in columns.values()):
+            values = [column.get(name, math.nan) for column in columns.values()]
+            say(f"{meaning:52}" + "".join(f"{value:12.4g}" for value in values))
     say(f"{cfg.out} holds {', '.join(sorted(path.name for path in cfg.out.iterdir()))}")
     own = recipe_of("patterns") | {"seed": cfg.seed}
     is_demo = all(vars(cfg)[key] == own[key] for key in MAKES_WEIGHTS)
-    if not is_demo or len(columns) < 2 or "knn5" not in names:
+    errors = [100 - column["knn5"] for column in columns.values() if "knn5" in column]
+    if not is_demo or len(errors) < 2:
         return 0
-    before, after = (100 - column["knn5"] for column in columns.values())
+    before, after = errors
     learned = after < before / 4
     say(f"kNN error: {after:.1f} % trained, {before:.1f} % untrained: "
         + ("it learned." if learned else "FAILED, it should be less than a quarter."))
@@ -1112,7 +1120,8 @@ class Session:
         cfg = self.cfg
         epoch = step / self.per_epoch
         steps_here = step - self.first_epoch * self.per_epoch
-        if step % 10 and step % self.per_epoch and steps_here > 1:
+        epoch_ends = step % self.per_epoch == 0
+        if not (epoch_ends or step % 10 == 0 or steps_here == 1):
             return
         loss = gather_rows(loss[None], world_size()).mean().item()
         if not math.isfinite(loss):
@@ -1131,7 +1140,7 @@ class Session:
         if rank() == 0:
             with open(cfg.out / "log.jsonl", "a") as log:  # steps after a kill appear twice
                 log.write(json.dumps(line) + "\n")
-        if step % self.per_epoch == 0 or steps_here == 1 or now > self.said + 10:
+        if epoch_ends or steps_here == 1 or now > self.said + 10:
             self.said = now
             left = (cfg.epochs * self.per_epoch - step) * seconds / steps_here
             say(f"epoch {epoch:.1f}/{cfg.epochs}  loss {loss:.3f}{floor}  lr {lr:.3g}  "
@@ -1152,7 +1161,7 @@ def save(path, state, **parts):
 
 
 def resume(path, made_by, **parts):
-    """Load the parts from a checkpoint that was made by the same. Returns it, or epoch 0."""
+    """Load the parts from a checkpoint that holds all of made_by. Returns it, or epoch 0."""
     state = tell(lambda: load_file(path) if path.exists() else {})
     if any(state.get(key) != value for key, value in made_by.items()):
         return {"epoch": 0}
@@ -1211,10 +1220,13 @@ def start_log(cfg, train, test):
 # ----------------------------------------- processes --------------------------------------
 class UserError(Exception):
     """What the user can correct: printed as one sentence, exit code 2."""
+    only_here = False  # other ranks raise it, too
 
 
-def refuse(message):
-    raise UserError(message)
+def refuse(message, only_here=False):
+    error = UserError(message)
+    error.only_here = only_here
+    raise error
 
 
 def cores():
@@ -1418,10 +1430,6 @@ except ImportError:
 Image.MAX_IMAGE_PIXELS = None  # photographs of any size
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val",
           "validation": "val", "test": "test", "testing": "test"}
-UPRIGHT = dict(zip(range(2, 9), (  # by EXIF orientation
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90)))
 
 
 def find_photographs(cfg):
@@ -1515,47 +1523,51 @@ def hold_out(files):
     return [files.select(rows.nonzero().squeeze(1)) for rows in (~test, test)]
 
 
-def read_image(file, pixels=math.inf):
-    """An upright RGB image, reduced to about `pixels`. Transparency becomes white.
+def read_image(file, pixels=math.inf, side=math.inf):
+    """An upright RGB image, reduced as long as it has `pixels` and a `side`. Transparency becomes
+    white.
 
     Refuses more than 8 bits per channel: which value is white is not in the file.
     """
     with Image.open(file) as image:
         if image.mode == "F" or image.mode.startswith("I"):
             raise ValueError(f"more than 8 bits per channel ({image.mode}); convert it to 8 bits")
-        try:
-            orientation = image.getexif().get(0x0112)
-        except Exception:  # odd EXIF refuses no photograph
-            orientation = None
-        factor = min(1, math.sqrt(pixels / (image.width * image.height)))
+        factor = max(math.sqrt(pixels / (image.width * image.height)), side / min(image.size))
+        factor = min(1, factor)
         reduced = math.ceil(image.width * factor), math.ceil(image.height * factor)
         image.draft("RGB", reduced)  # JPEG decodes directly to a half, a quarter or an eighth
+        with contextlib.suppress(Exception):  # odd EXIF refuses no photograph
+            image.getexif()
+            image.info.pop("exif", None)  # which Pillow would write anew
+            image = ImageOps.exif_transpose(image)
+        if (image.width < image.height) != (reduced[0] < reduced[1]):  # turned by a quarter
+            reduced = reduced[::-1]
         if image.mode[-1] in "Aa" or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
         if image.size != reduced:
             image = image.resize(reduced, Image.Resampling.BILINEAR, reducing_gap=3)
-        return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+        return image
 
 
-def read_or_reason(file, pixels):
+def read_or_reason(file, *least):
     """uint8 [H, W, 3], or why the file cannot be read."""
     try:
-        return np.array(read_image(file, pixels))
+        return np.array(read_image(file, *least))
     except Exception as error:  # Pillow raises many kinds for corrupt files
         return f"{file} ({type(error).__name__}: {error})"
 
 
-def read_into_memory(files, pixels, size):
+def read_into_memory(files, size, *least):
     """Images: each file is read once, by threads, since Pillow decodes without Python's lock.
     Unreadable files are left out, unless they are more than a tenth."""
-    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-    if torch.cuda.is_available():
-        limit = torch.cuda.mem_get_info()[0] / 2
+    limit = math.inf
+    if hasattr(os, "sysconf"):
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
     images, side = [], 1
     with ThreadPoolExecutor(cores() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))) as pool:
-        read = pool.map(read_or_reason, files.files.tolist(), [pixels] * len(files))
+        read = pool.map(lambda file: read_or_reason(file, *least), files.files.tolist())
         for image in progress("reading images", read, len(files)):
             images.append(image)
             if not isinstance(image, str):
@@ -1589,10 +1601,11 @@ class ImageFiles(Images):
         self.cfg = cfg
 
     def select(self, rows):
-        return ImageFiles(self.files[rows.numpy()], self.labels[rows], self.names[rows.numpy()],
-                          self.classes, self.cfg)
+        chosen = ImageFiles(self.files[rows.numpy()], self.labels[rows], self.names[rows.numpy()],
+                            self.classes, self.cfg)
+        return chosen.to(self.device)
 
-    def crops(self, requests, views):
+    def read(self, requests, views):
         workers = self.cfg.workers
         loader = torch.utils.data.DataLoader(  # each "sample" is the answer to a request
             self, batch_size=None, sampler=((*request, views) for request in requests),
@@ -1600,10 +1613,10 @@ class ImageFiles(Images):
         try:
             for step, x, t in loader:
                 if isinstance(x, str):
-                    refuse(f"cannot read {x}")
+                    refuse(f"cannot read {x}", only_here=True)
                 yield step, to_device(x, self.device).float() / 255, t
         except RuntimeError as error:
-            if not workers:
+            if not workers or isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = str(error).split("\n")[0][:200]
             refuse(f"the processes that read images failed ({reason}). Often /dev/shm is too "
@@ -1614,7 +1627,7 @@ class ImageFiles(Images):
         step, rows, t, views = request
         crops = []  # image by image
         for place, file in enumerate(self.files[rows.numpy()].tolist()):
-            image = read_or_reason(file, math.inf)
+            image = read_or_reason(file)
             if isinstance(image, str):
                 return step, image, t
             shape = torch.tensor([image.shape[:2]])
@@ -1649,10 +1662,10 @@ def read_data(cfg):
         splits[0] = splits[0].select(training_subset(cfg, splits[0].names, splits[0].labels))
     if cfg.dataset == "imagenet" or not isinstance(splits[0], ImageFiles):
         return splits
-    if cfg.dataset == "folder":  # so large that neither the smallest crop nor a plain image grows
-        pixels = cfg.size ** 2 / (0.75 * min(cfg.crop_scale[0], 0.875 ** 2))
-        return [read_into_memory(files, pixels, cfg.size) for files in splits]
-    splits = [read_into_memory(files, math.inf, None) for files in splits]
+    if cfg.dataset == "folder":  # so large that the smallest crop, 3:4, needs not be enlarged
+        pixels = cfg.size ** 2 / (0.75 * cfg.crop_scale[0])
+        return [read_into_memory(files, cfg.size, pixels, cfg.size / 0.875) for files in splits]
+    splits = [read_into_memory(files, None) for files in splits]
     side = 96 if cfg.dataset == "stl10" else 32
     for data in splits:
         odd = data.names[(data.shapes != side).any(1).numpy()]
@@ -1665,16 +1678,17 @@ def read_data(cfg):
 def read_torchvision(dataset, root):
     """CIFAR-10, CIFAR-100 or STL-10 in torchvision's layout, downloaded if they are not there."""
     kind = getattr(torchvision.datasets, dataset.upper())
+    stl10 = dataset == "stl10"
     try:
-        if dataset == "stl10":
-            parts = [kind(root, split, download=True) for split in ("train+unlabeled", "test")]
-            return [in_memory(part.data, part.labels, part.classes) for part in parts]
-        parts = [kind(root, train, download=True) for train in (True, False)]
-        return [in_memory(part.data.transpose(0, 3, 1, 2), part.targets, part.classes)
-                for part in parts]
+        train, test = [kind(root, part, download=True)
+                       for part in (["train+unlabeled", "test"] if stl10 else [True, False])]
     except (OSError, RuntimeError) as error:
         refuse(f"{dataset} is not in {root} and cannot be downloaded ({error}): put torchvision's "
                f"files or class folders train/ and test/ there")
+    if stl10:
+        return [in_memory(part.data, part.labels, part.classes) for part in (train, test)]
+    return [in_memory(part.data.transpose(0, 3, 1, 2), part.targets, part.classes)
+            for part in (train, test)]
 
 
 def in_memory(pixels, labels, classes):
@@ -1883,14 +1897,15 @@ def main(argv=None):
         check_settings(cfg)
         sys.exit(run(cfg))
     except KeyboardInterrupt:
-        sentence = f"stopped; the same command resumes: {shlex.join(['python', *sys.argv])}"
-    except (UserError, torch.OutOfMemoryError) as error:
-        sentence = str(error)
-    except OSError as error:  # a full disk, a missing file; others are bugs
-        if error.errno not in users:
+        stop = UserError("stopped; the same command resumes")
+    except UserError as error:
+        stop = error
+    except (torch.OutOfMemoryError, OSError) as error:  # a full disk, a missing file; else a bug
+        if isinstance(error, OSError) and error.errno not in users:
             raise
-        sentence = str(error)
-    print("balcon:", " ".join(sentence.split()), file=sys.stderr, flush=True)
+        stop = error
+    if getattr(stop, "only_here", True) or os.environ.get("LOCAL_RANK", "0") == "0":
+        print("balcon:", " ".join(str(stop).split()), file=sys.stderr, flush=True)
     sys.exit(2)
 
 

@@ -14,25 +14,7 @@ import objectives
 import torch
 import torch.nn.functional as F
 from PIL import Image
-
-
-# ------------------------------------------ NT-Xent's minimum --------------------------------
-def best_positive_similarity(m, alpha, lam):
-    """P*, the mean positive similarity at which NT-Xent's lower bound over m images is lowest:
-    where its derivative vanishes, e^{α(P + (1 + P)/K)} = (K + λ)/(λ − 1), and 1 if nowhere."""
-    k = 2 * (m - 1)
-    if lam <= 1:
-        return 1.0
-    return min(1.0, (k / alpha * math.log((k + lam) / (lam - 1)) - 1) / (k + 1))
-
-
-def ntxent_floor(m, alpha, lam):
-    """A lower bound of generalized NT-Xent over m images: by Jensen the negatives weigh at least
-    as much as K times their mean similarity, and that is at least −(1 + P)/K."""
-    k = 2 * (m - 1)
-    p = best_positive_similarity(m, alpha, lam)
-    negatives = math.log(k) - alpha * (1 + p) / k
-    return -p + lam / alpha * np.logaddexp(alpha * p, negatives)
+from stats import best_positive_similarity, ntxent_floor
 
 
 # ------------------------------------------ repulsion ----------------------------------------

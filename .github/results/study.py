@@ -21,15 +21,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+from objectives import nscl_loss  # noqa: E402
+
+__all__ = ["main", "nscl_loss"]
 MODULES = {"tables": "page", "figures": "page", "report": "report", "measure": "instruments",
            "train": "objectives", "pixels": "instruments", "picture": "instruments",
            "benchmark": "benchmark", "command": "runs", "merge": "runs"}
-
-
-def __getattr__(name):  # study.nscl_loss
-    if name == "nscl_loss":
-        return importlib.import_module("objectives").nscl_loss
-    raise AttributeError(name)
 
 
 def main(name="", *rest):

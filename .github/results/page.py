@@ -1,0 +1,627 @@
+"""RESULTS.md and APPENDIX.md, made from their templates; the figures beside them.
+
+In a template {…} is a figure of runs.jsonl:
+    {ROW/field}             mean over the seeds of a row, or of one run; {ROW/runs}: how many
+    {A over B/field}        difference of two rows with its 95 % interval
+    {A over B/field/verdict}, {A over B/field/p}
+    {sd of ROW/field}       pooled standard deviation of one run of the row's preset; {df of …}
+    {table NAME}            a table of `TABLES`
+    {key}                   a figure of `derived`
+A name that is not there ends with one sentence.
+"""
+import functools
+import json
+import math
+import re
+import sys
+
+import lane
+import numpy as np
+from report import markdown
+from runs import (HEADER, HERE, LOSSES, NAMES, PAPER, RUNS, by, difference, grid, grid_runs, row,
+                  select, spread, values, verdict_of)
+from stats import (best_positive_similarity, correlation, exponent_scores, fit, half_width, models,
+                   p_of_alpha, p_value, t_quantile, verdict)
+
+PAGES = {"RESULTS.template.md": HERE.parents[1] / "RESULTS.md",
+         "APPENDIX.template.md": HERE / "APPENDIX.md"}
+PLACEHOLDER = re.compile(r"\{([^{}\n]+)\}")
+ITEMS = json.loads((HERE / "paper.json").read_text(encoding="utf8"))
+DIGITS = {
+    "views": 0, "steps": 0, "minutes": 0, "seconds": 0, "b_negative": 0, "angle": 1, "paper": 2,
+    "lr": 1, "size": 0, "positive": 3, "nu": 3, "gaps": 3, "bounds": 3, "same_class": 3,
+    "lam_share": 3, "own_share": 3, "by_chance": 3, "ntxent_positive": 4, "views_percent": 1,
+    "eq51": 4, "eq51_se": 4, "eq51_raw": 2, "eq16": 4, "relative": 4, "relative_features": 4}
+
+
+# ------------------------------------------ text ------------------------------------------
+def number(x, digits=2):
+    text = f"{x + math.copysign(1e-9, x):,.{digits}f}"
+    return text.lstrip("-") if float(text.replace(",", "")) == 0 else text.replace("-", "−")
+
+
+def show(runs, field):
+    """The mean over seeds; "–" where it was not measured. "angle/1" is an entry of a list."""
+    if field == "runs":
+        return str(len(runs))
+    name, *places = field.split("/")
+    known = [run[name] for run in runs if name in run]
+    for place in places:
+        known = [value[int(place)] for value in known]
+    if not known or isinstance(known[0], str):
+        return NAMES.get(known[0], known[0]) if known else "–"
+    return number(np.mean(known), DIGITS.get(name, 2))
+
+
+def show_interval(difference, half):
+    if math.isnan(half):
+        return f"{number(difference)} (n = 1, no interval)"
+    return f"{number(difference)} [{number(difference - half)}, {number(difference + half)}]"
+
+
+def compared(one, two, field, *what):
+    apart, half = difference(one, two, field)
+    if what == ("verdict",):
+        return verdict_of(one, two, field)
+    if what == ("p",):
+        freedom = spread(one, field)[1]
+        return number(p_value(apart / half * t_quantile(freedom), freedom), 3)
+    return show_interval(apart, half)
+
+
+def evaluated(key):
+    """The text of a placeholder."""
+    if key in derived():
+        return derived()[key]
+    kind, _, rest = key.partition(" ")
+    if kind == "table":
+        return markdown_or_text(TABLES[rest]()).rstrip("\n")
+    names, _, field = key.partition("/")
+    if kind in ("sd", "df"):
+        sd, freedom = spread(names.removeprefix(f"{kind} of "), field)
+        return number(sd) if kind == "sd" else str(freedom)
+    one, over, two = names.partition(" over ")
+    if over:
+        return compared(one, two, *field.split("/"))
+    text = show(row(names), field)
+    if text == "–":
+        raise KeyError(f"the run {names} has no {field}")
+    return text
+
+
+def markdown_or_text(rows):
+    return rows if isinstance(rows, str) else markdown(rows)
+
+
+def filled(template):
+    """The page of this template."""
+    def replace(match):
+        try:
+            return evaluated(match[1])
+        except (KeyError, ValueError) as error:
+            sys.exit(f"{template}: {{{match[1]}}}: {error.args[0]}")
+    return PLACEHOLDER.sub(replace, (HERE / template).read_text(encoding="utf8"))
+
+
+def tables(*flags):
+    """Write the pages, or with --check exit with the first line that says anything else."""
+    for template, page in PAGES.items():
+        text = filled(template)
+        if "--check" not in flags:
+            page.write_text(text, encoding="utf8")
+            continue
+        is_now = page.read_text(encoding="utf8").split("\n") if page.exists() else []
+        should_be = text.split("\n")
+        for n in range(max(len(is_now), len(should_be))):
+            old, new = is_now[n:n + 1], should_be[n:n + 1]
+            if old != new:
+                sys.exit(f"{page.name}, line {n + 1}:\n{''.join(old)}\nshould be\n{''.join(new)}")
+
+
+# ------------------------------------------ tables of rows -----------------------------------
+# {table: (rows, {head: field})}; rows are ids without seeds
+ACCURACY = {"n": "runs", "kNN, k = 1": "knn1", "linear": "linear"}
+THREE = "ntxent-a2-l1 balanced-a2-l4 balanced-a4-l2"
+ROW_TABLES = {
+    "bias": ("balanced-a2-l4 blur noise cutout rotation nocolor", {
+        "": "strategy", **ACCURACY, "Eq. 51": "eq51", "Eq. 51, raw": "eq51_raw", "Eq. 16": "eq16",
+        "Eq. 16 / distance": "relative", "the same, features": "relative_features"}),
+    "distributions": ("sub-pixels-uni sub-pixels-lt sub-untrained-uni sub-untrained-lt "
+                      "sub-ntxent-uni sub-ntxent-lt sub-balanced-a2-l1-uni "
+                      "sub-balanced-a2-l1-lt sub-balanced-uni sub-balanced-lt "
+                      "sub-pixels-full sub-untrained-full sub-ntxent-uni-full "
+                      "sub-ntxent-lt-full sub-balanced-uni-full sub-balanced-lt-full", {
+                          "": "method", "pretrained on": "subset",
+                          "classifier and kNN use": "used", **ACCURACY}),
+    "assumptions": (THREE, {
+        "": "method", "angle: mean, °": "angle/0", "95 %, °": "angle/1",
+        "Assumption 4.3 violated, %": "violated", "ν": "nu", "λν": "lam_nu",
+        "B < 0, %": "b_negative", "gap of Eq. 8": "gaps/0", "gap of Eq. 10": "gaps/1"}),
+    "false-negatives": (THREE + " untrained-pairs", {
+        "": "method", "n": "runs", "share at α = 1": "same_class/0", "α = 2": "same_class/1",
+        "α = 4": "same_class/2", "α = 8": "same_class/3", "own α: share / chance": "over_chance",
+        "λ × share": "lam_share", "positive's share at α = 2": "ntxent_positive/1"}),
+    "limit": ("pixels new-untrained new-balanced-a2-l4 new-quadratic new-wang-isola", {
+        "": "method", **ACCURACY, "kNN, k = 10": "knn10", "views": "views"}),
+}
+
+
+def rows_of(table):
+    names, columns = ROW_TABLES[table]
+    body = [[show(row(name), field) for field in columns.values()] for name in names.split()]
+    return [list(columns), *body]
+
+
+def kind_rows(kind, columns):
+    groups = by(select(kind=kind), "row").values()
+    return [list(columns), *([show(runs, field) for field in columns.values()] for runs in groups)]
+
+
+def board_rows():
+    return kind_rows("board", {
+        "network": "backbone", "crops": "size", "": "method", "rate": "lr", "minutes": "minutes",
+        "views": "views", "kNN, k = 10": "knn10", "linear": "linear"})
+
+
+def speed_rows():
+    return kind_rows("speed", {"": "label", "ratio": "ratio", "commit": "git"})
+
+
+def bounds_rows():
+    rows = [["epoch", "gap of Eq. 8", "gap of Eq. 10", "mean ν", "B", "Eq. 8 violated, %"]]
+    measured = values("long-balanced", "bounds")[0]
+    for place in (0, 1, 10):
+        rows.append([number(x, n) for x, n in zip(measured[place], (0, 3, 2, 3, 3, 2))])
+    return rows
+
+
+def nscl_rows():
+    """Gap, gap of an untrained network and bound, at the smallest and the largest α."""
+    rows = [["classes", *(f"{what}, α = {alpha}" for alpha in (1, 8)
+                          for what in ("gap", "untrained", "bound"))]]
+    networks = [values(name, "nscl")[0] for name in ("c100", "c100-untrained")]
+    for (classes, *trained), (_, *untrained) in zip(*networks):
+        if classes in (2, 10, 100):
+            figures = [trained[0], untrained[0], trained[1], trained[-2], untrained[-2],
+                       trained[-1]]
+            rows.append([str(classes), *map(number, figures, (4, 4, 3) * 2)])
+    return rows
+
+
+def rate_rows(runs):
+    """Each method over its rates."""
+    rates = sorted({run["lr"] for run in runs})
+    rows = [["", *(f"{what}, {rate:g}" for what in ("linear", "kNN") for rate in rates)]]
+    cells = sorted(runs, key=lambda run: (run["alpha"] * run["lam"], run["alpha"]))
+    for (method,), own in by(cells, "method").items():
+        at = by(own, "lr")
+        rows.append([method, *(show(at.get((rate,), []), field)
+                               for field in ("linear", "knn10") for rate in rates)])
+    return rows
+
+
+def preset_rates(preset):
+    return rate_rows(select(preset=preset, epochs=12, strategy="base"))
+
+
+# ------------------------------------------ preset H -----------------------------------------
+OWN = ("balanced-a2-l4 balanced-a4-l1 ntxent-a8-l1 balanced-a8-l4 ntxent-a8-l4 balanced-a2-l1 "
+       "ntxent-a2-l1").split()
+SCALES = {"own": 2, "four": 4, "twenty": 20}  # epochs of preset H
+CONTROLS = ("own-untrained", "all-pixels")  # the same after any number of epochs
+RATES = {  # where the rate of a row comes from (RESULTS.md, "Noise and protocol")
+    "balanced-a2-l4": "own, 3 tried", "balanced-a2-l1": "own, 3 tried",
+    "balanced-a8-l4": "own, 2 tried", "balanced-a4-l1": "borrowed, balanced (2, 4)",
+    "ntxent-a8-l1": "borrowed, balanced (8, 1)", "ntxent-a8-l4": "borrowed, balanced (8, 4)",
+    "ntxent-a2-l1": "borrowed, balanced (2, 1)"}
+
+
+def main_rows():
+    """Preset H after 4 and 20 epochs, with compute; controls without training."""
+    rows = [["", "rate", "where from", "n", "kNN 10", "linear", "20 epochs: kNN 10", "linear",
+             "paper, 200"]]
+    for name in OWN:
+        four = row(f"four-{name}")
+        twenty = select(row=f"twenty-{name}")
+        rows.append([show(four, "method"), show(four, "lr"), RATES[name], show(four, "runs"),
+                     show(four, "knn10"), show(four, "linear"), show(twenty, "knn10"),
+                     show(twenty, "linear"), show(four, "paper")])
+    for name in CONTROLS:
+        control = row(name)
+        rows.append([show(control, "method"), "–", "–", show(control, "runs"),
+                     *[show(control, "knn10"), show(control, "linear")] * 2, "–"])
+    last = row("four-balanced-a2-l4"), row("twenty-balanced-a2-l4")
+    for head, field, digits in (("views, % of the paper's", "views_percent", 1),
+                                ("PFLOP", "pflop", 3),
+                                ("PFLOP, % of the paper's 67", "pflop_percent", 2)):
+        four, twenty = (number(runs[0][field], digits) for runs in last)
+        rows.append([head, "", "", "", "", four, "", twenty, "100" if "%" in head else "67"])
+    return rows
+
+
+def own_rows():
+    """Preset H: every method after each number of epochs, and the controls."""
+    places = [(scale, field) for scale in SCALES for field in ("knn1", "knn10", "linear")][1:]
+    names = {"knn1": "kNN 1", "knn10": "kNN 10", "linear": "linear"}
+    rows = [["", "rate", "n", *(f"{SCALES[scale]}: {names[field]}" for scale, field in places),
+             "paper"]]
+    for name in OWN:
+        runs = {scale: select(row=f"{scale}-{name}") for scale in SCALES}
+        first = runs["four"]
+        n = "/".join(str(len(runs[scale])) for scale in SCALES)
+        rows.append([show(first, "method"), show(first, "lr"), n,
+                     *(show(runs[scale], field) for scale, field in places), show(first, "paper")])
+    for name in CONTROLS:
+        rows.append([show(row(name), "method"), "–", "1",
+                     *(show(row(name), field) for _, field in places), "–"])
+    return rows
+
+
+# ------------------------------------------ QUESTIONS.md -------------------------------------
+NOT_YET = "*Not run yet.*\n"
+SEEDS = {"A2": 6, "A3": 3}  # of each finalist
+
+
+def validation_rows():
+    """A1: linear accuracy on validation images of each method over its rates."""
+    runs = select(stage="A1")
+    if not runs:
+        return NOT_YET
+    rates = sorted({run["lr"] for run in runs})
+    rows = [["", *(f"{rate:g}" for rate in rates), "best is interior"]]
+    for loss, alpha, lam in lane.METHODS:
+        own = select(stage="A1", loss=loss, alpha=float(alpha), lam=float(lam))
+        at = {run["lr"]: run for run in own}
+        best = max(at, key=lambda rate: at[rate]["linear"], default=None)
+        interior = at and min(at) < best < max(at)
+        rows.append([f"{NAMES[loss]} ({alpha}, {lam})",
+                     *(show([at[rate]] if rate in at else [], "linear") for rate in rates),
+                     "yes" if interior else "no" if len(at) > 2 else "not known yet"])
+    return rows
+
+
+def stage_rows(stage):
+    """A2, A3, B: accuracies on test images."""
+    runs = select(stage=stage)
+    if not runs:
+        return NOT_YET
+    rows = [["", "rate", "n", "kNN 1", "kNN 10", "linear", "PFLOP"]]
+    for own in by(runs, "row").values():
+        rows.append([show(own, "method"), f"{own[0]['lr']:g}", show(own, "runs"),
+                     *(show(own, field) for field in ("knn1", "knn10", "linear", "pflop"))])
+    return rows
+
+
+def finalists(stage):
+    """Rows (balanced with λ ≠ 1, SimCLR) of A2 or A3 once all their seeds are there, else None."""
+    rows = {}
+    for name, runs in by(select(stage=stage), "row").items():
+        loss, lam = runs[0]["loss"], runs[0]["lam"]
+        if len(runs) == SEEDS[stage] and (loss == "ntxent") == (lam == 1):
+            rows[loss] = name[0]
+    if len(rows) < 2:
+        return None
+    return rows["balanced"], rows["ntxent"]
+
+
+def answer_to_a():
+    """Evidence, n, interval and verdict of "does λ ≠ 1 beat a tuned SimCLR?"."""
+    found = {stage: finalists(stage) for stage in SEEDS}
+    missing = [stage for stage in SEEDS if not found[stage]]
+    stages = [stage for stage in SEEDS if found[stage]]
+    if not stages:
+        one, two = "four-balanced-a2-l4", "four-ntxent-a8-l1"
+        return {"evidence": "(2, 4) over NT-Xent (8, 1), 4 epochs, borrowed rates",
+                "n": f"{len(row(one))}, {len(row(two))}", "interval": compared(one, two, "linear"),
+                "verdict": f"open: {' and '.join(missing)} not run yet"}
+    pairs = [found[stage] for stage in stages]
+    methods = " over ".join(row(name)[0]["method"] for name in pairs[0])
+    verdicts = [f"{stage}: {verdict_of(*found[stage], 'linear')}" for stage in stages]
+    verdicts += [f"{stage}: not run yet, open" for stage in missing]
+    return {"evidence": f"{methods}, {' and '.join(stages)}",
+            "n": "; ".join(f"{len(row(one))}, {len(row(two))}" for one, two in pairs),
+            "interval": "; ".join(compared(*pair, "linear") for pair in pairs),
+            "verdict": "; ".join(verdicts)}
+
+
+def question_figures():
+    found = {f"A/{name}": text for name, text in answer_to_a().items()}
+    for stage in ("A1", "A2", "A3", "B"):
+        found[f"{stage}/runs"] = str(len(select(stage=stage)))
+    rows = {run["id"]: run for run in select(stage="A1")}
+    found["A1/state"] = "not finished yet: runs are added until each best rate is interior"
+    if rows and not lane.stage_a1(rows):
+        found["A1/state"] = "finished"
+    for stage in SEEDS:
+        pair = finalists(stage)
+        found[f"{stage}/difference"] = (
+            f"{compared(*pair, 'linear')}, {verdict_of(*pair, 'linear')}" if pair
+            else "not all seeds of both finalists are there: open")
+    return found
+
+
+# ------------------------------------------ α and λ ------------------------------------------
+GRIDS = {"ours, balanced": ("balanced", "linear"), "ours, NT-Xent": ("ntxent", "linear"),
+         "paper, balanced": ("balanced", "paper"), "paper, NT-Xent": ("ntxent", "paper"),
+         "kNN, balanced": ("balanced", "knn1"), "kNN, NT-Xent": ("ntxent", "knn1")}
+
+
+def product_rows():
+    heads = [f"{loss}: {what}" for loss in ("balanced", "NT-Xent")
+             for what in ("linear", "kNN", "s⁺", "paper")]
+    rows = [["αλ", "α, λ", *heads]]
+    cells = {loss: by(grid_runs(loss), "alpha", "lam") for loss in LOSSES}
+    for alpha, lam in sorted(cells["balanced"], key=lambda cell: (cell[0] * cell[1], cell)):
+        figures = [show(cells[loss].get((alpha, lam), []), field) for loss in LOSSES
+                   for field in ("linear", "knn1", "positive", "paper")]
+        rows.append([f"{alpha * lam:g}", f"{alpha:g}, {lam:g}", *figures])
+    return rows
+
+
+def middle(a, b, y):
+    """The cells with αλ = 4 to 32."""
+    kept = (a + b >= 2) & (a + b <= 5)
+    return a[kept], b[kept], y[kept]
+
+
+def product_score(a, b, y):
+    """R² and leave-one-out R² of a quadratic in log αλ."""
+    p = a + b
+    return fit([p, p ** 2], y)
+
+
+@functools.cache
+def model_rows():
+    """R² / leave-one-out R² of each model on each grid."""
+    rows = [["model of accuracy (parameters)", *GRIDS]]
+    grids = [grid(*key) for key in GRIDS.values()]
+    for name in models(*grids[0][:2]):
+        scores = [fit(models(a, b)[name], y) for a, b, y in grids]
+        rows.append([name, *(" / ".join(map(number, pair)) for pair in scores)])
+    scores = [product_score(*middle(*cells)) for cells in grids]
+    rows.append(["the same, αλ = 4 to 32 only",
+                 *(" / ".join(map(number, pair)) for pair in scores)])
+    rows[3], rows[4] = rows[4], rows[3]
+    exponents = [exponent_scores(*cells) for cells in grids]
+    rows.append(["log αλʷ, quadratic (4)",
+                 *(" / ".join(map(number, pair)) for _, *pair in exponents)])
+    rows.append(["its exponent w", *(number(w) for w, _, _ in exponents)])
+    rows.append(["p of log α beyond αλ", *(number(p_of_alpha(*cells), 3) for cells in grids)])
+    return rows
+
+
+def span_text(found, name, numbers):
+    found[f"{name}/low"] = number(min(numbers))
+    found[f"{name}/high"] = number(max(numbers))
+
+
+def product_figures():
+    found = {}
+    whole, inner, left_out, additive = [], [], [], []
+    for loss in LOSSES:
+        for field in ("linear", "paper"):
+            a, b, y = grid(loss, field)
+            p = a + b
+            curvature, slope, _ = np.polyfit(p, y, 2)
+            found[f"{field}/{loss}/best"] = number(2 ** (-slope / curvature / 2), 0)
+            found[f"{field}/{loss}/span"] = number(np.ptp(y[p == 3]))  # of the cells at αλ = 8
+            score = product_score(a, b, y)
+            whole.append(score[0])
+            left_out.append(score[1])
+            inner.append(product_score(*middle(a, b, y))[0])
+            additive.append(fit([a, a ** 2, b, b ** 2], y)[1])
+            found[f"{field}/{loss}/middle"] = number(inner[-1])
+    for name, numbers in {"r2": whole, "left-out": left_out, "middle": inner,
+                          "additive": additive}.items():
+        span_text(found, name, numbers)
+    found["r2/all"] = number(product_score(*grid("balanced", "linear", 0))[0])
+    runs = [run for run in grid_runs("balanced") + grid_runs("ntxent") if run["lam"] >= 1]
+    shares = [100 * run["second_order"] / run["repelling"] for run in runs]
+    found["second/low"], found["second/high"] = number(min(shares), 0), number(max(shares), 0)
+    w, r2, _ = exponent_scores(*grid("ntxent", "paper"))
+    found["exponent/w"], found["exponent/r2"] = number(w), number(r2)
+    found["p/knn"] = number(max(p_of_alpha(*grid(loss, "knn1")) for loss in LOSSES), 3)
+    found["mean/largest"] = number(max(abs(run["negative"]) for run in runs), 3)
+    for alpha, lam in (8, 2), (8, 4), (8, 8), (4, 8):
+        found[f"P*/{alpha}-{lam}"] = number(best_positive_similarity(512, alpha, lam))
+    found["P*/V"] = number(best_positive_similarity(256, 8, 4))
+    return found
+
+
+# ------------------------------------------ other figures in sentences -----------------------
+def loss_figures():
+    """Balanced minus NT-Xent over the 16 cells of the grid, seed 0."""
+    pairs = [by(grid_runs(loss), "alpha", "lam") for loss in LOSSES]
+    apart = [pairs[0][cell][0]["linear"] - pairs[1][cell][0]["linear"] for cell in pairs[1]]
+    sd = np.std(apart, ddof=1)
+    half = half_width(sd, len(apart) - 1, len(apart))
+    return {"loss/mean": show_interval(np.mean(apart), half), "loss/sd": number(sd),
+            "loss/cells": str(len(apart)), "loss/verdict": verdict(np.mean(apart), half)}
+
+
+def bias_figures():
+    """Ranges without the last strategy, which drops colour; correlations with and without it."""
+    found = {}
+    names = ROW_TABLES["bias"][0].split()
+    for field in ("eq51", "eq51_raw", "eq16", "relative", "relative_features"):
+        bias = np.array([np.mean(values(name, field)) for name in names])
+        found[f"{field}/range"] = number(np.ptp(bias[:-1]), 4)
+        for accuracy in ("linear", "knn1"):
+            y = [np.mean(values(name, accuracy)) for name in names]
+            for n in (6, 5):
+                r, p = correlation(bias[:n], y[:n])
+                found[f"{field}/{accuracy}/{n}"] = number(r)
+                found[f"{field}/{accuracy}/{n}/p"] = number(p)
+    return found
+
+
+def theorem_figures():
+    """Both sides of Eq. 10 in the counterexample that respects Assumption 4.3: C = 10, α = 8."""
+    alpha = 8
+    own = (0.01 * math.exp(alpha) + 0.99 * math.exp(-0.0101 * alpha) + 511 * math.exp(-alpha)) / 512
+    b = math.log(own + 2 * math.exp(-alpha / 2) + 7 * math.exp(-alpha)) / alpha
+    return {"theorem/left": number(-0.5, 3), "theorem/right": number(b / 0.5, 3),
+            "theorem/b": number(b, 3)}
+
+
+def validation_figures():
+    """The best linear accuracy over the rates, of cells and of products αλ (preset V)."""
+    best = {}
+    for cell, runs in by(select(preset="V", epochs=12, strategy="base"), "alpha", "lam").items():
+        best[cell] = max(np.mean([run["linear"] for run in seeds])
+                         for seeds in by(runs, "row").values())
+    found = {"val/gain": number(best[2, 4] - best[2, 1], 1)}
+    for product in (2, 4, 8, 16, 32, 64):
+        highest = max(y for (alpha, lam), y in best.items() if alpha * lam == product)
+        found[f"val/best/{product}"] = number(highest)
+    span = [max(y for (alpha, lam), y in best.items() if alpha * lam == product)
+            for product in (4, 8, 16, 32)]
+    found["val/span"] = number(np.ptp(span))
+    return found
+
+
+def paper_figures():
+    balanced, ntxent = np.array(PAPER["balanced"]), np.array(PAPER["ntxent"])
+    found = {"paper/4-1": number(balanced[2, 0]), "paper/gain": number(balanced[1, 2]
+             - balanced[1, 0]), "paper/headline": number(balanced[1, 2] - ntxent[1, 0]),
+             "paper/colder": number(ntxent[3, 0] - ntxent[1, 0]),
+             "paper/8-4": number(balanced[3, 2] - ntxent[3, 2])}
+    found |= {f"quoted/{name}": figure for name, figure in HEADER["quoted"].items()}
+    return found
+
+
+def subset_figures():
+    found = {}
+    for name in ("untrained", "ntxent", "balanced", "balanced-a2-l1"):
+        uniform, tail = (np.mean(values(f"sub-{name}-{subset}", "linear"))
+                         for subset in ("uni", "lt"))
+        found[f"gap/{name}"] = number(uniform - tail)
+    return found
+
+
+def nscl_figures():
+    """Ratios over classes and α: bound / gap, and gap of the untrained / of the trained network."""
+    gaps, control = (np.array(values(name, "nscl")[0])[:, 1:] for name in
+                     ("c100", "c100-untrained"))
+    ratios = {"nscl": (gaps[:, 1::2] / gaps[:, ::2], 0),
+              "nscl-control": (control[:, ::2] / gaps[:, ::2], 2)}
+    found = {}
+    for name, (numbers, digits) in ratios.items():
+        found[f"{name}/low"] = number(numbers.min(), digits)
+        found[f"{name}/high"] = number(numbers.max(), digits)
+    return found
+
+
+def protocol_figures():
+    trained = [run for run in RUNS if run.get("steps")]
+    measured = values("long-balanced", "bounds")[0]
+    return {"runs/trained": str(len(trained)),
+            "runs/no-seconds": str(sum("seconds" not in run for run in trained)),
+            "bounds/growth": number(measured[-1][1] / measured[0][1], 1)}
+
+
+@functools.cache
+def derived():
+    return {**question_figures(), **product_figures(), **loss_figures(), **bias_figures(),
+            **theorem_figures(), **validation_figures(), **paper_figures(), **subset_figures(),
+            **nscl_figures(), **protocol_figures()}
+
+
+# ------------------------------------------ the paper, item by item --------------------------
+def item_rows():
+    """Not padded, since a row is long."""
+    rows = [["paper", "what it is", "code", "command", "here", "verdict"], ["---"] * 6]
+    for item in ITEMS:
+        what, here = (PLACEHOLDER.sub(lambda match: evaluated(match[1]), item[part])
+                      for part in ("what", "here"))
+        rows.append([item["item"], what, f"`{item['code']}`", f"`{item['command']}`", here,
+                     item["verdict"]])
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in rows)
+
+
+TABLES = {
+    **{name: functools.partial(rows_of, name) for name in ROW_TABLES},
+    "main": main_rows, "own": own_rows, "A1": validation_rows,
+    **{stage: functools.partial(stage_rows, stage) for stage in ("A2", "A3", "B")},
+    "validation": functools.partial(preset_rates, "V"),
+    "strong": functools.partial(preset_rates, "VS"), "board": board_rows, "speed": speed_rows,
+    "product": product_rows, "models": model_rows, "bounds": bounds_rows, "nscl": nscl_rows,
+    "items": item_rows}
+
+
+# ------------------------------------------ figures ------------------------------------------
+def save_figure(figure, name):
+    """The same bytes every time, transparent."""
+    figure.savefig(HERE / name, transparent=True, metadata={"Date": None})
+
+
+def product_figure(new_figure):
+    figure = new_figure((8, 3.2))
+    titles = {"linear": "ours, 228 steps", "paper": "the paper, 200 epochs"}
+    for axes, (field, title) in zip(figure.subplots(1, 2), titles.items()):
+        for loss, marker in zip(LOSSES, "os"):
+            a, b, y = grid(loss, field)
+            axes.plot(2 ** (a + b), y, marker, label=NAMES[loss], alpha=0.8)
+        axes.set(title=title, xlabel="αλ", ylabel="linear accuracy (%)")
+        axes.set_xscale("log", base=2)
+    axes.legend(loc="lower left", frameon=False)
+    save_figure(figure, "product.svg")
+
+
+def bounds_figure(new_figure):
+    figure = new_figure((8, 3))
+    epochs, *gaps = zip(*[measured[:3] for measured in values("long-balanced", "bounds")[0]])
+    for axes, title, gap in zip(figure.subplots(1, 2), ("Eq. 8", "Eq. 10"), gaps):
+        axes.plot(epochs, gap, "o-")
+        axes.set(title=title, xlabel="epoch", ylabel="mean gap", ylim=(0, None))
+    save_figure(figure, "bounds.svg")
+
+
+def answer_points():
+    """[(label, colour, mean, half of the 95 % interval)]: preset H, 4 epochs, test; A2's rows in
+    place of older ones of the same method."""
+    points = []
+    for name in CONTROLS[::-1]:
+        points.append((row(name)[0]["method"], "C7", values(name, "linear")[0], 0))
+    chosen = {(run["loss"], run["alpha"], run["lam"]): run["row"]
+              for run in select(preset="H", epochs=4)}  # later rows replace earlier ones
+    for loss, alpha, lam in sorted(chosen, key=lambda cell: (cell[0] == "balanced", *cell[1:])):
+        name = chosen[loss, alpha, lam]
+        known = values(name, "linear")
+        label = f"{NAMES[loss]} ({alpha:g}, {lam:g})"
+        if loss == "ntxent" and lam == 1:
+            label = f"SimCLR, τ = 1/{alpha:g}"
+        colour = "C0" if loss == "ntxent" else "C1"
+        points.append((label, colour, np.mean(known),
+                       half_width(*spread(name, "linear"), len(known))))
+    return points
+
+
+def answer_figure(new_figure):
+    points = answer_points()
+    figure = new_figure((8, 0.3 * len(points) + 0.8))
+    axes = figure.subplots()
+    for place, (_, colour, mean, half) in enumerate(points):
+        axes.errorbar(mean, place, xerr=half, fmt="o", color=colour, capsize=3)
+        axes.annotate(f"{mean:.1f}", (mean + half, place), (6, -3), textcoords="offset points")
+    axes.set_yticks(range(len(points)), [label for label, *_ in points])
+    axes.invert_yaxis()
+    axes.margins(x=0.08)
+    axes.set(xlabel="linear accuracy (%) with 95 % interval, CIFAR-10 test, preset H, 4 epochs")
+    axes.grid(axis="x", alpha=0.3)
+    save_figure(figure, "answer.svg")
+
+
+def figures():
+    import matplotlib
+    from matplotlib.figure import Figure
+    parts = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    matplotlib.rcParams.update(dict.fromkeys(parts, "#808080"))  # for light and dark pages
+    matplotlib.rcParams.update({"svg.hashsalt": "balcon", "svg.fonttype": "none"})
+
+    def new_figure(size):
+        return Figure(size, layout="constrained")
+
+    product_figure(new_figure)
+    bounds_figure(new_figure)
+    answer_figure(new_figure)
