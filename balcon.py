@@ -535,25 +535,6 @@ def linear_predict(train_features, train_labels, test_features, l2):
     return F.linear(queries, weight, offset).argmax(1)
 
 
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum; the step of a weight matrix is scaled by trust·‖w‖/‖gradient‖ (You et al.,
-    2017). Biases and other 1-d parameters are not scaled. No weight decay, as in SimSiam."""
-
-    def __init__(self, params, lr, momentum=0.9, trust=0.001):
-        super().__init__(params, dict(lr=lr, momentum=momentum, trust=trust))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                ratio = 1.0
-                if p.dim() > 1:
-                    ratio = group["trust"] * p.norm() / p.grad.norm().clamp(min=1e-12)
-                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
-                velocity.mul_(group["momentum"]).add_(ratio * p.grad)
-                p.sub_(group["lr"] * velocity)
-
-
 def train_on_crops(backbone, width, train, cfg):
     """A linear classifier on the frozen backbone, trained on a fresh crop and flip of each image
     in every epoch (A.3.1, A.4.1).
@@ -593,30 +574,6 @@ def train_on_crops(backbone, width, train, cfg):
         save(path, {**made_by, "epoch": epoch + 1}, classifier=classifier, optimizer=optimizer)
     assert digest(backbone) == before, "the classifier's training changed the backbone"
     return classifier
-
-
-def percent(right):
-    return 100 * right.double().mean().item()
-
-
-def knn(features, train, test, cfg):
-    """{figure: top-1 accuracy in %}. features: a function of train or test, [N, d]."""
-    found = {}
-    for k in cfg.k:
-        predicted = knn_predict(features(train), to_device(train.labels, train.device),
-                                features(test), min(k, len(train)))
-        found[f"knn{k}"] = percent(predicted.cpu() == test.labels)
-    return found
-
-
-def linear(backbone, features, train, test, cfg):
-    if cfg.probe == "features":
-        predicted = linear_predict(features(train), to_device(train.labels, train.device),
-                                   features(test), cfg.probe_l2)
-    else:
-        classifier = train_on_crops(backbone, features(test).shape[1], train, cfg)
-        predicted = classifier(features(test)).argmax(1)
-    return {"linear": percent(predicted.cpu() == test.labels)}
 
 
 # ==========================================================================================
@@ -1029,6 +986,30 @@ def possible_evaluations(cfg, train, bank, test):
     return cfg.eval
 
 
+def percent(right):
+    return 100 * right.double().mean().item()
+
+
+def knn(features, train, test, cfg):
+    """{figure: top-1 accuracy in %}. features: a function of train or test, [N, d]."""
+    found = {}
+    for k in cfg.k:
+        predicted = knn_predict(features(train), to_device(train.labels, train.device),
+                                features(test), min(k, len(train)))
+        found[f"knn{k}"] = percent(predicted.cpu() == test.labels)
+    return found
+
+
+def linear(backbone, features, train, test, cfg):
+    if cfg.probe == "features":
+        predicted = linear_predict(features(train), to_device(train.labels, train.device),
+                                   features(test), cfg.probe_l2)
+    else:
+        classifier = train_on_crops(backbone, features(test).shape[1], train, cfg)
+        predicted = classifier(features(test)).argmax(1)
+    return {"linear": percent(predicted.cpu() == test.labels)}
+
+
 def evaluate(stage, encoder, bank, test, wanted, results, cfg):
     """Measure what is not in `results` yet; write results.json after each evaluation.
 
@@ -1318,6 +1299,25 @@ def share_batch_norm_statistics(encoder):
     if world_size() > 1:
         for statistic in encoder.buffers():
             dist.broadcast(statistic, 0)
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum; the step of a weight matrix is scaled by trust·‖w‖/‖gradient‖ (You et al.,
+    2017). Biases and other 1-d parameters are not scaled. No weight decay, as in SimSiam."""
+
+    def __init__(self, params, lr, momentum=0.9, trust=0.001):
+        super().__init__(params, dict(lr=lr, momentum=momentum, trust=trust))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                ratio = 1.0
+                if p.dim() > 1:
+                    ratio = group["trust"] * p.norm() / p.grad.norm().clamp(min=1e-12)
+                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                velocity.mul_(group["momentum"]).add_(ratio * p.grad)
+                p.sub_(group["lr"] * velocity)
 
 
 def say(text):
