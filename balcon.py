@@ -38,6 +38,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -866,7 +867,7 @@ def parse_flags(argv=None):
     dropped = sum((DROPPABLE.get(name, []) for name in cfg.drop), [])
     names = [name for name in cfg.augmentations if name not in dropped] + cfg.add
     cfg.views = Views(names, cfg.size, cfg.crop_scale)
-    cfg.workers = min(cfg.workers, cores())
+    cfg.workers = min(cfg.workers, cores(), batches_in_shared_memory(cfg) // 3)
     recipe = recipe_of(dataset)
     name = "_".join([dataset, *(f"{key}-{vars(cfg)[key]}" for key in MAKES_WEIGHTS
                                 if vars(cfg)[key] != recipe[key])])
@@ -875,6 +876,8 @@ def parse_flags(argv=None):
     elif dataset == "folder":
         name += f"-{Path(cfg.data).resolve().name}"
     cfg.out = Path(cfg.out or "runs/" + re.sub(r"[^\w.]+", "-", name)[:100])
+    if not cfg.data:  # as of a shell variable that is not set
+        refuse("--data is empty")
     cfg.data = Path(cfg.data)
     return cfg
 
@@ -896,6 +899,7 @@ def check_settings(cfg):
                 if not above or not item < 2 ** 63:
                     refuse(f"{flag(name)} {item} must be {rule}")
     present, processes = set(cfg.augmentations), int(os.environ.get("WORLD_SIZE", 1))
+    export = Path(cfg.export).absolute()
     for wrong, sentence in (
         (cfg.batch_size % processes,
          f"--batch-size {cfg.batch_size} is not divisible by the {processes} processes"),
@@ -911,8 +915,10 @@ def check_settings(cfg):
         (cfg.theory_views % 2, f"--theory-views {cfg.theory_views} must be even"),
         (cfg.init and not Path(cfg.init).is_file(),
          f"--init {cfg.init} is no file; it takes weights that were saved with torch.save"),
-        (cfg.export and not Path(cfg.export).absolute().parent.is_dir(),
-         f"--export {cfg.export}: there is no such folder"),
+        (cfg.export and (export.is_dir() or not export.parent.is_dir()),
+         f"--export {cfg.export} is a folder, or lies in none"),
+        (cfg.out.exists() and not cfg.out.is_dir(), f"--out {cfg.out} is no folder"),
+        (cfg.out.resolve() == cfg.data.resolve(), "--out and --data name the same folder"),
     ):
         if wrong:
             refuse(sentence)
@@ -1179,7 +1185,8 @@ def start_log(cfg, train, test):
     """Say what is about to happen. A line of log.jsonl has all that decides the figures."""
     tests = len(test) if test else "no"
     say(f"{cfg.dataset}, {len(train)} training and {tests} test images -> {cfg.out}")
-    say(f"{cfg.backbone}; {train.device}, {cfg.precision}, processes: {world_size()}")
+    readers = f", each with {cfg.workers} that read files" * (cfg.dataset == "imagenet")
+    say(f"{cfg.backbone}; {train.device}, {cfg.precision}, processes: {world_size()}{readers}")
     say(f"evaluating {cfg.checkpoint}" if cfg.checkpoint else
         f"{cfg.loss} loss, alpha {cfg.alpha:g}, lambda {cfg.lam:g}; {cfg.epochs} epochs, batch "
         f"{cfg.batch_size}, lr {cfg.lr:g}, seed {cfg.seed}")
@@ -1214,6 +1221,16 @@ def cores():
     """CPU cores that this process may use, shared among the ranks of this machine."""
     able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, able // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def batches_in_shared_memory(cfg):
+    """How many batches each rank has room for in /dev/shm, through which workers send them. In
+    Docker it is small. A worker needs three: two that wait, one that is sent."""
+    if not os.path.isdir("/dev/shm"):
+        return 10 ** 6
+    images = max(512, 2 * cfg.batch_size, cfg.probe_batch) / int(os.environ.get("WORLD_SIZE", 1))
+    room = shutil.disk_usage("/dev/shm").free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(room / (images * 3 * cfg.size ** 2))
 
 
 def rng(*key):
@@ -1332,7 +1349,7 @@ def progress(stage, items, total):
     for done, item in enumerate(items, 1):
         yield item
         now = time.perf_counter()
-        if now > due:
+        if now > due and done < total:
             due = now + 10
             left = (now - started) / done * (total - done)
             say(f"{stage} {100 * done / total:.0f} %, {timedelta(seconds=round(left))} left")
@@ -1379,7 +1396,7 @@ def load_file(path):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))  # runs no code of it
     except Exception as error:  # a damaged or foreign file makes the unpickler raise anything
-        reason = str(error).split("\n")[0][:160] or type(error).__name__
+        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         refuse(f"cannot read {path} as a checkpoint: {reason}")
 
 
@@ -1619,8 +1636,7 @@ class ImageFiles(Images):
             if not workers or isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = str(error).split("\n")[0][:200]
-            refuse(f"the processes that read images failed ({reason}). Often /dev/shm is too "
-                   "small, as in Docker without --shm-size: --workers 0 does without")
+            refuse(f"the processes that read images failed ({reason}): --workers 0 does without")
 
     def __getitem__(self, request):
         """step, rows [b], t, views -> step, crops uint8 [n·b, 3, size, size], t."""
@@ -1900,9 +1916,10 @@ def main(argv=None):
         stop = UserError("stopped; the same command resumes")
     except UserError as error:
         stop = error
-    except (torch.OutOfMemoryError, OSError) as error:  # a full disk, a missing file; else a bug
-        if isinstance(error, OSError) and error.errno not in users:
-            raise
+    except (RuntimeError, MemoryError, OSError) as error:  # no memory, a full disk, a missing file
+        no_memory = isinstance(error, MemoryError) or "memory" in str(error)
+        if not no_memory and getattr(error, "errno", None) not in users:
+            raise  # a bug
         stop = error
     if getattr(stop, "only_here", True) or os.environ.get("LOCAL_RANK", "0") == "0":
         print("balcon:", " ".join(str(stop).split()), file=sys.stderr, flush=True)

@@ -23,10 +23,10 @@ def images_to_time(cfg, device):
     if known and not cfg.data.is_dir():
         print(f"there is no {cfg.data}: random pixels replace the images")
         n, side = SIZES[cfg.dataset]
-        pixels = torch.randint(256, (SAMPLE, 3, side, side), dtype=torch.uint8, device=device)
-        size = cfg.size if cfg.dataset == "imagenet" else None
-        return balcon.Images(pixels, torch.full((SAMPLE, 2), side), torch.zeros(SAMPLE).long(),
-                             [str(row) for row in range(SAMPLE)], ["0"], size), cfg.limit or n
+        pixels = torch.randint(256, (SAMPLE, 3, side, side), dtype=torch.uint8)
+        images = balcon.Images(pixels, torch.full((SAMPLE, 2), side), torch.zeros(SAMPLE).long(),
+                               np.arange(SAMPLE).astype(str), ["random"])
+        return images.to(device), cfg.limit or n
     n = cfg.limit or SIZES.get(cfg.dataset, [0])[0]
     if known:
         cfg.limit = min(n, SAMPLE)
@@ -61,7 +61,7 @@ def time_step(encoder, train, cfg, m, budget):
     """Median seconds of a training step of m images, of the network, of the loss, of the views."""
     device = train.device
     cuda = device.type == "cuda"
-    in_memory = hasattr(train, "pixels")
+    in_memory = getattr(train, "pixels", None) is not None
     steps = 1 if in_memory else 1 + 2 * cfg.workers  # more than the workers have ready
 
     def batches():
@@ -71,8 +71,8 @@ def time_step(encoder, train, cfg, m, budget):
     for_steps = batches()
     for_views = batches()
     x = next(for_steps)[1]
-    crops = torch.rand(2 * m, 3, cfg.size, cfg.size, device=device)
-    z = torch.randn(2 * m, cfg.projector[-1], device=device)
+    crops = torch.rand(2 * m, 3, cfg.size, cfg.size).to(device)
+    z = torch.randn(2 * m, cfg.projector[-1]).to(device)
     optimizer = torch.optim.SGD(encoder.train().parameters(), 1e-6, cfg.momentum)
 
     def update(x, backward):

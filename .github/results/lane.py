@@ -119,7 +119,9 @@ def train(run, clone, data, out):
     log = [json.loads(line) for line in open(folder / "log.jsonl")]
     views = 2 * 256 * log[-1]["step"]
     figures = results["trained"]["knn"] | results["trained"]["linear"]
-    above_floor = {"above_floor": round(log[-1]["above_floor"], 4)} if "above_floor" in log[-1] else {}
+    above_floor = {}
+    if "above_floor" in log[-1]:
+        above_floor["above_floor"] = round(log[-1]["above_floor"], 4)
     return {**run, "git": FROZEN[:7], "steps": log[-1]["step"], "views": views,
             "pflop": round(views * PFLOP_PER_VIEW, 4), "seconds": results["seconds"],
             "minutes_with_evaluation": round((time.time() - started) / 60, 1),

@@ -90,7 +90,8 @@ def mean_of_views(z1, z2, alpha, lam, n=4):
     """Eq. 17 with n views of each image: the positive is the mean of the n − 1 others (§5.5). s is
     linear in it, so this is Eq. 9 and 12 with |T̂| = n − 1. n = 2 is the balanced loss.
 
-    z1, z2: [m·n/2, d], the first and the second half of the views, view by view.
+    z1, z2: [m·n/2, d], the first and the second half of the views, view by view. For as many views
+    and steps as with n = 2, n = 4 takes half of --batch-size and half of --epochs.
     """
     z = unit_views(z1, z2, alpha, lam)
     m = len(z) // n

@@ -1,4 +1,4 @@
-"""RESULTS.md and APPENDIX.md, made from their templates; the figures beside them.
+"""RESULTS.md and APPENDIX.md, made from their templates.
 
 In a template {…} is a figure of runs.jsonl:
     {ROW/field}             mean over the seeds of a row, or of one run; {ROW/runs}: how many
@@ -21,14 +21,14 @@ from report import markdown
 from runs import (HEADER, HERE, LOSSES, NAMES, PAPER, RUNS, by, difference, grid, grid_runs, row,
                   select, spread, values, verdict_of)
 from stats import (best_positive_similarity, correlation, exponent_scores, fit, half_width, models,
-                   p_of_alpha, p_value, t_quantile, verdict)
+                   p_of_alpha, p_value, pooled_sd, t_quantile, verdict)
 
 PAGES = {"RESULTS.template.md": HERE.parents[1] / "RESULTS.md",
          "APPENDIX.template.md": HERE / "APPENDIX.md"}
 PLACEHOLDER = re.compile(r"\{([^{}\n]+)\}")
 ITEMS = json.loads((HERE / "paper.json").read_text(encoding="utf8"))
 DIGITS = {
-    "views": 0, "steps": 0, "minutes": 0, "seconds": 0, "b_negative": 0, "angle": 1, "paper": 2,
+    "views": 0, "steps": 0, "minutes": 0, "seconds": 0, "b_negative": 0, "angle": 1, "pflop": 3,
     "lr": 1, "size": 0, "positive": 3, "nu": 3, "gaps": 3, "bounds": 3, "same_class": 3,
     "lam_share": 3, "own_share": 3, "by_chance": 3, "ntxent_positive": 4, "views_percent": 1,
     "eq51": 4, "eq51_se": 4, "eq51_raw": 2, "eq16": 4, "relative": 4, "relative_features": 4}
@@ -216,10 +216,19 @@ RATES = {  # where the rate of a row comes from (RESULTS.md, "Noise and protocol
     "ntxent-a2-l1": "borrowed, balanced (2, 1)"}
 
 
+def scale_text(name):
+    """"2.0 % of the views, 0.11 % of the compute"."""
+    run = row(name)[0]
+    return (f"{number(run['views_percent'], 1)} % of the views, "
+            f"{number(run['pflop_percent'])} % of the compute")
+
+
 def main_rows():
-    """Preset H after 4 and 20 epochs, with compute; controls without training."""
-    rows = [["", "rate", "where from", "n", "kNN 10", "linear", "20 epochs: kNN 10", "linear",
-             "paper, 200"]]
+    """Preset H after 4 and 20 epochs, and the controls without training."""
+    scales = [f"{epochs} epochs, {scale_text(f'{name}-balanced-a2-l4')}"
+              for name, epochs in (("four", 4), ("twenty", 20))]
+    rows = [["", "rate", "where from", "n", f"{scales[0]}: kNN 10", "linear",
+             f"{scales[1]}: kNN 10", "linear", "paper, 200 epochs"]]
     for name in OWN:
         four = row(f"four-{name}")
         twenty = select(row=f"twenty-{name}")
@@ -230,12 +239,6 @@ def main_rows():
         control = row(name)
         rows.append([show(control, "method"), "–", "–", show(control, "runs"),
                      *[show(control, "knn10"), show(control, "linear")] * 2, "–"])
-    last = row("four-balanced-a2-l4"), row("twenty-balanced-a2-l4")
-    for head, field, digits in (("views, % of the paper's", "views_percent", 1),
-                                ("PFLOP", "pflop", 3),
-                                ("PFLOP, % of the paper's 67", "pflop_percent", 2)):
-        four, twenty = (number(runs[0][field], digits) for runs in last)
-        rows.append([head, "", "", "", "", four, "", twenty, "100" if "%" in head else "67"])
     return rows
 
 
@@ -515,7 +518,12 @@ def nscl_figures():
 def protocol_figures():
     trained = [run for run in RUNS if run.get("steps")]
     measured = values("long-balanced", "bounds")[0]
-    return {"runs/trained": str(len(trained)),
+    groups = by([run for run in trained if run["preset"] == "H" and "stage" not in run], "row")
+    sd, freedom = pooled_sd([[run["linear"] for run in runs] for runs in groups.values()])
+    lead = difference("four-balanced-a2-l4", "four-ntxent-a8-l1", "linear")[0]
+    return {"H/lead": show_interval(lead, half_width(sd, freedom, 2, 2)),
+            "H/freedom": str(freedom),
+            "runs/trained": str(len(trained)),
             "runs/no-seconds": str(sum("seconds" not in run for run in trained)),
             "bounds/growth": number(measured[-1][1] / measured[0][1], 1)}
 
@@ -547,81 +555,3 @@ TABLES = {
     "strong": functools.partial(preset_rates, "VS"), "board": board_rows, "speed": speed_rows,
     "product": product_rows, "models": model_rows, "bounds": bounds_rows, "nscl": nscl_rows,
     "items": item_rows}
-
-
-# ------------------------------------------ figures ------------------------------------------
-def save_figure(figure, name):
-    """The same bytes every time, transparent."""
-    figure.savefig(HERE / name, transparent=True, metadata={"Date": None})
-
-
-def product_figure(new_figure):
-    figure = new_figure((8, 3.2))
-    titles = {"linear": "ours, 228 steps", "paper": "the paper, 200 epochs"}
-    for axes, (field, title) in zip(figure.subplots(1, 2), titles.items()):
-        for loss, marker in zip(LOSSES, "os"):
-            a, b, y = grid(loss, field)
-            axes.plot(2 ** (a + b), y, marker, label=NAMES[loss], alpha=0.8)
-        axes.set(title=title, xlabel="αλ", ylabel="linear accuracy (%)")
-        axes.set_xscale("log", base=2)
-    axes.legend(loc="lower left", frameon=False)
-    save_figure(figure, "product.svg")
-
-
-def bounds_figure(new_figure):
-    figure = new_figure((8, 3))
-    epochs, *gaps = zip(*[measured[:3] for measured in values("long-balanced", "bounds")[0]])
-    for axes, title, gap in zip(figure.subplots(1, 2), ("Eq. 8", "Eq. 10"), gaps):
-        axes.plot(epochs, gap, "o-")
-        axes.set(title=title, xlabel="epoch", ylabel="mean gap", ylim=(0, None))
-    save_figure(figure, "bounds.svg")
-
-
-def answer_points():
-    """[(label, colour, mean, half of the 95 % interval)]: preset H, 4 epochs, test; A2's rows in
-    place of older ones of the same method."""
-    points = []
-    for name in CONTROLS[::-1]:
-        points.append((row(name)[0]["method"], "C7", values(name, "linear")[0], 0))
-    chosen = {(run["loss"], run["alpha"], run["lam"]): run["row"]
-              for run in select(preset="H", epochs=4)}  # later rows replace earlier ones
-    for loss, alpha, lam in sorted(chosen, key=lambda cell: (cell[0] == "balanced", *cell[1:])):
-        name = chosen[loss, alpha, lam]
-        known = values(name, "linear")
-        label = f"{NAMES[loss]} ({alpha:g}, {lam:g})"
-        if loss == "ntxent" and lam == 1:
-            label = f"SimCLR, τ = 1/{alpha:g}"
-        colour = "C0" if loss == "ntxent" else "C1"
-        points.append((label, colour, np.mean(known),
-                       half_width(*spread(name, "linear"), len(known))))
-    return points
-
-
-def answer_figure(new_figure):
-    points = answer_points()
-    figure = new_figure((8, 0.3 * len(points) + 0.8))
-    axes = figure.subplots()
-    for place, (_, colour, mean, half) in enumerate(points):
-        axes.errorbar(mean, place, xerr=half, fmt="o", color=colour, capsize=3)
-        axes.annotate(f"{mean:.1f}", (mean + half, place), (6, -3), textcoords="offset points")
-    axes.set_yticks(range(len(points)), [label for label, *_ in points])
-    axes.invert_yaxis()
-    axes.margins(x=0.08)
-    axes.set(xlabel="linear accuracy (%) with 95 % interval, CIFAR-10 test, preset H, 4 epochs")
-    axes.grid(axis="x", alpha=0.3)
-    save_figure(figure, "answer.svg")
-
-
-def figures():
-    import matplotlib
-    from matplotlib.figure import Figure
-    parts = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    matplotlib.rcParams.update(dict.fromkeys(parts, "#808080"))  # for light and dark pages
-    matplotlib.rcParams.update({"svg.hashsalt": "balcon", "svg.fonttype": "none"})
-
-    def new_figure(size):
-        return Figure(size, layout="constrained")
-
-    product_figure(new_figure)
-    bounds_figure(new_figure)
-    answer_figure(new_figure)

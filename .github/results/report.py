@@ -10,26 +10,27 @@ def json_or(path, default):
     return json.loads(path.read_text(encoding="utf8")) if path.exists() else default
 
 
-def figures_of(folder, config):
-    """({figure: value} of the last backbone, the settings that these figures depend on)."""
+def read_results(folder, config):
+    """({figure: value} of the last backbone, the settings that the figures depend on)."""
     stages = json_or(folder / "results.json", {})
-    stage = stages.get("trained", {} if config["epochs"] else stages.get("untrained", {}))
+    last = stages.get("trained", {} if config["epochs"] else stages.get("untrained", {}))
     figures = {}
+    for found in last.values():
+        figures |= {name: value for name, value in found.items()
+                    if isinstance(value, (int, float))}
     settings = {}
-    for evaluation, found in stage.items():
-        for name, value in found.items():
-            if isinstance(value, (int, float)):
-                figures[name] = value
-        for name, value in found.get("settings", {}).items():
-            if name not in (*config, "weights", "images"):
-                settings[name] = value
-    return figures, settings
+    for stage in ("untrained", "trained"):
+        for found in stages.get(stage, {}).values():
+            settings |= found.get("settings", {})
+    known_before = (*config, "weights", "images")
+    return figures, {name: settings[name] for name in settings if name not in known_before}
 
 
 def read_run(log):
-    """{setting: value} without the seed, and the figures: none if the run has not finished."""
+    """Its settings without the seed, those of its evaluation, and the figures of its last backbone:
+    none if the run has not finished."""
     head = json.loads(log.read_text(encoding="utf8").splitlines()[0])
-    figures, settings = figures_of(log.parent, head["config"])
+    figures, settings = read_results(log.parent, head["config"])
     config = {name: value for name, value in head["config"].items() if name != "seed"}
     return {**config, "images": str(head.get("images"))[:8]}, settings, figures
 
@@ -39,12 +40,12 @@ def find_logs(folders):
 
 
 def group_seeds(runs):
-    """[(settings, [figures of each run])]: runs that differ in the seed alone. An unfinished run
-    has no settings of an evaluation yet: it counts where all else agrees."""
+    """[(settings, [figures of each run])]: runs that differ in the seed alone. A run that has not
+    been evaluated at all counts with the first of those that agree otherwise."""
     groups = []
     for config, settings, figures in sorted(runs, key=lambda run: not run[2]):
         for known_config, known_settings, members in groups:
-            if config == known_config and (settings == known_settings or not figures):
+            if config == known_config and (settings == known_settings or not settings):
                 members.append(figures)
                 break
         else:

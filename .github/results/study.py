@@ -12,7 +12,7 @@
     python .github/results/study.py command RUN       # what trains a run of runs.jsonl again
     python .github/results/study.py merge ROWS.jsonl  # append the lane's new rows to runs.jsonl
 
-runs.py: the runs of runs.jsonl. stats.py: statistics. page.py: the pages, from templates.
+runs.py: the runs of runs.jsonl. stats.py: statistics. page.py: the pages. report.py: run folders.
 instruments.py: what is measured beyond balcon.py. objectives.py: what is trained beyond it.
 """
 import importlib
@@ -21,10 +21,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+from balcon import UserError  # noqa: E402
 from objectives import nscl_loss  # noqa: E402
 
 __all__ = ["main", "nscl_loss"]
-MODULES = {"tables": "page", "figures": "page", "report": "report", "measure": "instruments",
+MODULES = {"tables": "page", "figures": "figures", "report": "report", "measure": "instruments",
            "train": "objectives", "pixels": "instruments", "picture": "instruments",
            "benchmark": "benchmark", "command": "runs", "merge": "runs"}
 
@@ -32,7 +33,10 @@ MODULES = {"tables": "page", "figures": "page", "report": "report", "measure": "
 def main(name="", *rest):
     if name not in MODULES:
         raise SystemExit(__doc__)
-    result = getattr(importlib.import_module(MODULES[name]), name)(*rest)
+    try:
+        result = getattr(importlib.import_module(MODULES[name]), name)(*rest)
+    except UserError as error:
+        raise SystemExit(f"study: {error}") from None
     if result is not None:
         print(result)
 
