@@ -38,11 +38,10 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
-from collections import Counter, namedtuple
+from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -782,7 +781,7 @@ FLAGS = {
         "export": ("", "write features to this .npz file", None),
         "save_every": (0, "keep a checkpoint of every Nth epoch (Fig. 6); 0: only the last",
                        ">= 0"),
-        "workers": (8, "processes of each rank that read ImageNet; at most one a core", ">= 0")}}
+        "workers": (8, "threads of each rank that read ImageNet; at most one a core", ">= 0")}}
 FLAG = {name: entry for group in FLAGS.values() for name, entry in group.items()}
 MAKES_WEIGHTS = ["dataset", *next(iter(FLAGS.values()))]
 PHOTO_VIEWS = ["color_jitter", "grayscale", "gaussian_blur", "flip"]
@@ -867,19 +866,26 @@ def parse_flags(argv=None):
     dropped = sum((DROPPABLE.get(name, []) for name in cfg.drop), [])
     names = [name for name in cfg.augmentations if name not in dropped] + cfg.add
     cfg.views = Views(names, cfg.size, cfg.crop_scale)
-    cfg.workers = min(cfg.workers, cores(), batches_in_shared_memory(cfg) // 3)
-    recipe = recipe_of(dataset)
-    name = "_".join([dataset, *(f"{key}-{vars(cfg)[key]}" for key in MAKES_WEIGHTS
-                                if vars(cfg)[key] != recipe[key])])
-    if cfg.checkpoint:
-        name = f"{dataset}-by-{'-'.join(Path(cfg.checkpoint).with_suffix('').parts[-2:])}"
-    elif dataset == "folder":
-        name += f"-{Path(cfg.data).resolve().name}"
-    cfg.out = Path(cfg.out or "runs/" + re.sub(r"[^\w.]+", "-", name)[:100])
+    cfg.workers = min(cfg.workers, cores())
     if not cfg.data:  # as of a shell variable that is not set
         refuse("--data is empty")
     cfg.data = Path(cfg.data)
+    cfg.out = Path(cfg.out or default_out(cfg))
     return cfg
+
+
+def default_out(cfg):
+    """The data set and what differs from its recipe, or the checkpoint that is evaluated."""
+    recipe = recipe_of(cfg.dataset)
+    words = [cfg.dataset]
+    if cfg.dataset == "folder":
+        words.append(cfg.data.resolve().name)
+    if cfg.checkpoint:
+        words += ["by", *Path(cfg.checkpoint).with_suffix("").parts[-2:]]
+    else:
+        words += [f"{key}-{vars(cfg)[key]}" for key in MAKES_WEIGHTS
+                  if vars(cfg)[key] != recipe[key]]
+    return "runs/" + re.sub(r"[^\w.]+", "-", "_".join(words))[:100]
 
 
 def flag(name):
@@ -946,7 +952,7 @@ def run(cfg):
     bank = train  # what is searched, and what classifiers learn from
     if (train.labels < 0).any() and (train.labels >= 0).any():
         bank = train.select((train.labels >= 0).nonzero().squeeze(1))
-    wanted = possible_evaluations(cfg, train, bank, test)
+    wanted = tell(lambda: possible_evaluations(cfg, train, bank, test))
     check_same_run(cfg, cfg.images)
     start_log(cfg, train, test)
     path = cfg.out / "results.json"
@@ -1185,7 +1191,7 @@ def start_log(cfg, train, test):
     """Say what is about to happen. A line of log.jsonl has all that decides the figures."""
     tests = len(test) if test else "no"
     say(f"{cfg.dataset}, {len(train)} training and {tests} test images -> {cfg.out}")
-    readers = f", each with {cfg.workers} that read files" * (cfg.dataset == "imagenet")
+    readers = f", each with {cfg.workers} threads that read files" * (cfg.dataset == "imagenet")
     say(f"{cfg.backbone}; {train.device}, {cfg.precision}, processes: {world_size()}{readers}")
     say(f"evaluating {cfg.checkpoint}" if cfg.checkpoint else
         f"{cfg.loss} loss, alpha {cfg.alpha:g}, lambda {cfg.lam:g}; {cfg.epochs} epochs, batch "
@@ -1208,29 +1214,16 @@ def start_log(cfg, train, test):
 # ----------------------------------------- processes --------------------------------------
 class UserError(Exception):
     """What the user can correct: printed as one sentence, exit code 2."""
-    only_here = False  # other ranks raise it, too
 
 
-def refuse(message, only_here=False):
-    error = UserError(message)
-    error.only_here = only_here
-    raise error
+def refuse(message):
+    raise UserError(message)
 
 
 def cores():
     """CPU cores that this process may use, shared among the ranks of this machine."""
     able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, able // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def batches_in_shared_memory(cfg):
-    """How many batches each rank has room for in /dev/shm, through which workers send them. In
-    Docker it is small. A worker needs three: two that wait, one that is sent."""
-    if not os.path.isdir("/dev/shm"):
-        return 10 ** 6
-    images = max(512, 2 * cfg.batch_size, cfg.probe_batch) / int(os.environ.get("WORLD_SIZE", 1))
-    room = shutil.disk_usage("/dev/shm").free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return int(room / (images * 3 * cfg.size ** 2))
 
 
 def rng(*key):
@@ -1456,8 +1449,7 @@ def find_photographs(cfg):
         refuse(f"there is no folder {root}: --data names a folder of images, or one that holds "
                "train/<class>/ and val/<class>/")
     folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
-    splits = {SPLITS[path.name.lower()]: path for path in reversed(folders)
-              if path.name.lower() in SPLITS}
+    splits = {SPLITS[path.name.lower()]: path for path in folders if path.name.lower() in SPLITS}
     if not splits and cfg.dataset == "folder":
         return hold_out(find_classes(root, cfg))
     if "train" not in splits:
@@ -1540,40 +1532,33 @@ def hold_out(files):
     return [files.select(rows.nonzero().squeeze(1)) for rows in (~test, test)]
 
 
-def read_image(file, pixels=math.inf, side=math.inf):
-    """An upright RGB image, reduced as long as it has `pixels` and a `side`. Transparency becomes
-    white.
+def read_image(file, pixels=1e12, side=1):
+    """An upright RGB image, reduced as far as it keeps this many pixels and its shorter side this
+    length. Transparency becomes white.
 
-    Refuses more than 8 bits per channel: which value is white is not in the file.
+    More than 8 bits per channel are refused: which value is white is not in the file.
     """
-    with Image.open(file) as image:
-        if image.mode == "F" or image.mode.startswith("I"):
-            raise ValueError(f"more than 8 bits per channel ({image.mode}); convert it to 8 bits")
-        factor = max(math.sqrt(pixels / (image.width * image.height)), side / min(image.size))
-        factor = min(1, factor)
-        reduced = math.ceil(image.width * factor), math.ceil(image.height * factor)
-        image.draft("RGB", reduced)  # JPEG decodes directly to a half, a quarter or an eighth
-        with contextlib.suppress(Exception):  # odd EXIF refuses no photograph
-            image.getexif()
-            image.info.pop("exif", None)  # which Pillow would write anew
-            image = ImageOps.exif_transpose(image)
-        if (image.width < image.height) != (reduced[0] < reduced[1]):  # turned by a quarter
-            reduced = reduced[::-1]
-        if image.mode[-1] in "Aa" or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        if image.size != reduced:
-            image = image.resize(reduced, Image.Resampling.BILINEAR, reducing_gap=3)
-        return image
-
-
-def read_or_reason(file, *least):
-    """uint8 [H, W, 3], or why the file cannot be read."""
     try:
-        return np.array(read_image(file, *least))
+        with Image.open(file) as image:
+            if image.mode == "F" or image.mode.startswith("I"):
+                raise ValueError(f"{image.mode}: more than 8 bits per channel; convert it to 8")
+            width, height = image.size
+            factor = max(math.sqrt(pixels / (width * height)), side / min(width, height))
+            # JPEG decodes directly to a half, a quarter or an eighth.
+            image.draft("RGB", (math.ceil(width * factor), math.ceil(height * factor)))
+            with contextlib.suppress(Exception):  # odd EXIF refuses no photograph
+                image.getexif()
+                image.info.pop("exif", None)  # which Pillow would write anew
+                image = ImageOps.exif_transpose(image)
+            if image.mode[-1] in "Aa" or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+            longer = math.ceil(max(width, height) * factor)
+            image.thumbnail((longer, longer), Image.Resampling.BILINEAR, reducing_gap=3)
+            return image
     except Exception as error:  # Pillow raises many kinds for corrupt files
-        return f"{file} ({type(error).__name__}: {error})"
+        refuse(f"cannot read {file} ({type(error).__name__}: {error})")
 
 
 def read_into_memory(files, size, *least):
@@ -1583,9 +1568,16 @@ def read_into_memory(files, size, *least):
     if hasattr(os, "sysconf"):
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
     images, side = [], 1
+
+    def read(file):
+        try:
+            return np.array(read_image(file, *least))
+        except UserError as error:
+            return str(error)
+
     with ThreadPoolExecutor(cores() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))) as pool:
-        read = pool.map(lambda file: read_or_reason(file, *least), files.files.tolist())
-        for image in progress("reading images", read, len(files)):
+        arrays = pool.map(read, files.files.tolist())
+        for image in progress("reading images", arrays, len(files)):
             images.append(image)
             if not isinstance(image, str):
                 side = max(side, *image.shape)
@@ -1594,9 +1586,9 @@ def read_into_memory(files, size, *least):
                        "--dataset imagenet reads them from disk, in every epoch")
     bad = [image for image in images if isinstance(image, str)]
     if len(bad) > len(images) / 10:
-        refuse(f"{len(bad)} of {len(images)} images cannot be read, such as {bad[0]}")
+        refuse(f"{len(bad)} of {len(images)} images are unreadable: {bad[0]}")
     if bad:
-        say(f"left out, unreadable: {len(bad)} of {len(images)} images: {'; '.join(bad[:3])}")
+        say(f"left out: {len(bad)} of {len(images)} images are unreadable: {'; '.join(bad[:3])}")
     good = torch.tensor([row for row, image in enumerate(images) if not isinstance(image, str)])
     memory = torch.zeros(len(good), 3, side, side, dtype=torch.uint8)
     shapes = torch.zeros(len(good), 2, dtype=torch.long)
@@ -1610,7 +1602,7 @@ def read_into_memory(files, size, *least):
 
 
 class ImageFiles(Images):
-    """Images that stay on disk; worker processes decode, crop and resize them for each batch."""
+    """Images that stay on disk: threads decode, crop and resize them, two batches ahead."""
 
     def __init__(self, files, labels, names, classes, cfg):
         super().__init__(None, None, labels, names, classes, cfg.size)
@@ -1623,40 +1615,35 @@ class ImageFiles(Images):
         return chosen.to(self.device)
 
     def read(self, requests, views):
-        workers = self.cfg.workers
-        loader = torch.utils.data.DataLoader(  # each "sample" is the answer to a request
-            self, batch_size=None, sampler=((*request, views) for request in requests),
-            num_workers=workers, timeout=60 if workers else 0)
-        try:
-            for step, x, t in loader:
-                if isinstance(x, str):
-                    refuse(f"cannot read {x}", only_here=True)
-                yield step, to_device(x, self.device).float() / 255, t
-        except RuntimeError as error:
-            if not workers or isinstance(error, torch.OutOfMemoryError):
-                raise
-            reason = str(error).split("\n")[0][:200]
-            refuse(f"the processes that read images failed ({reason}): --workers 0 does without")
+        ahead = deque()
+        with ThreadPoolExecutor(max(1, self.cfg.workers)) as threads, ThreadPoolExecutor(2) as jobs:
+            for request in requests:
+                ahead.append(jobs.submit(self.read_batch, threads, request, views))
+                if len(ahead) > 2:
+                    yield self.on_device(*ahead.popleft().result())
+            while ahead:
+                yield self.on_device(*ahead.popleft().result())
 
-    def __getitem__(self, request):
-        """step, rows [b], t, views -> step, crops uint8 [n·b, 3, size, size], t."""
-        step, rows, t, views = request
-        crops = []  # image by image
-        for place, file in enumerate(self.files[rows.numpy()].tolist()):
-            image = read_or_reason(file)
-            if isinstance(image, str):
-                return step, image, t
-            shape = torch.tensor([image.shape[:2]])
-            boxes = central_boxes(shape)
-            if views:
-                own = t.only(slice(place, None, len(rows)))  # the views of this image
-                boxes = random_crop_boxes(own, shape.expand(len(own.rows), 2), views.crop_scale)
-            for top, left, height, width in boxes.tolist():
-                crop = Image.fromarray(image[top:top + height, left:left + width])
-                crop = crop.resize((self.size, self.size), Image.Resampling.BILINEAR)
-                crops.append(torch.from_numpy(np.array(crop)))
-        x = torch.stack(crops).unflatten(0, (len(rows), -1)).transpose(0, 1)  # view by view
-        return step, x.flatten(0, 1).permute(0, 3, 1, 2), t
+    def on_device(self, step, x, t):
+        return step, to_device(x, self.device).float() / 255, t
+
+    def read_batch(self, threads, request, views):
+        """step, x uint8 [n·b, 3, size, size], t for a request (step, rows [b], t)."""
+        step, rows, t = request
+        images = list(threads.map(read_image, self.files[rows.numpy()].tolist()))
+        shapes = torch.tensor([[image.height, image.width] for image in images])
+        n = 1
+        boxes = central_boxes(shapes)
+        if views:
+            n = len(t.rows) // len(rows)
+            boxes = random_crop_boxes(t, shapes.repeat(n, 1), views.crop_scale)
+        return step, torch.stack(list(threads.map(self.crop, n * images, boxes.tolist()))), t
+
+    def crop(self, image, box):
+        top, left, height, width = box
+        x = image.crop((left, top, left + width, top + height))
+        x = x.resize((self.size, self.size), Image.Resampling.BILINEAR)  # antialiased
+        return torch.from_numpy(np.array(x)).permute(2, 0, 1)
 
 
 # ----------------------------------------- data sets --------------------------------------
@@ -1870,14 +1857,14 @@ def neighbors(backbone, extracted, bank, test, cfg):
     """
     asked = test or bank
     queries = balanced_subset(asked.labels, min(8, len(asked)), "picture")
-    rows = torch.arange(len(bank))
-    if bank not in extracted:
-        rows = balanced_subset(bank.labels, min(5000, len(bank)), "neighbors")
-    features = extracted.get(bank)
-    if features is None:
-        features = extract(backbone, bank.select(rows), cfg)
+    if bank in extracted:
+        searched = torch.arange(len(bank))
+        features = extracted[bank]
+    else:
+        searched = balanced_subset(bank.labels, min(5000, len(bank)), "neighbors")
+        features = extract(backbone, bank.select(searched), cfg)
     query_features = extract(backbone, asked.select(queries), cfg)
-    near = rows[nearest(features, query_features, min(9, len(rows))).cpu()]  # [q, 9]
+    near = searched[nearest(features, query_features, min(9, len(searched))).cpu()]  # [q, 9]
     found = [[row for row in candidates if test or row != query][:8]
              for query, candidates in zip(queries.tolist(), near.tolist())]
     return {"queries": queries.tolist(), "rows": found}
@@ -1921,7 +1908,8 @@ def main(argv=None):
         if not no_memory and getattr(error, "errno", None) not in users:
             raise  # a bug
         stop = error
-    if getattr(stop, "only_here", True) or os.environ.get("LOCAL_RANK", "0") == "0":
+    # Before the ranks have joined, all of them fail alike.
+    if world_size() > 1 or os.environ.get("LOCAL_RANK", "0") == "0":
         print("balcon:", " ".join(str(stop).split()), file=sys.stderr, flush=True)
     sys.exit(2)
 
