@@ -1910,7 +1910,8 @@ def main(argv=None):
         stop = error
     # Before the ranks have joined, all of them fail alike.
     if world_size() > 1 or os.environ.get("LOCAL_RANK", "0") == "0":
-        print("balcon:", " ".join(str(stop).split()), file=sys.stderr, flush=True)
+        sentence = " ".join(str(stop).split()) or "not enough memory"
+        print("balcon:", sentence, file=sys.stderr, flush=True)
     sys.exit(2)
 
 

@@ -29,9 +29,13 @@ def read_results(folder, config):
 def read_run(log):
     """Its settings without the seed, those of its evaluation, and the figures of its last backbone:
     none if the run has not finished."""
-    head = json.loads(log.read_text(encoding="utf8").splitlines()[0])
-    figures, settings = read_results(log.parent, head["config"])
-    config = {name: value for name, value in head["config"].items() if name != "seed"}
+    try:
+        head = json.loads(log.open(encoding="utf8").readline())
+        config = head["config"]
+    except (ValueError, KeyError):
+        sys.exit(f"{log} is not the log of a run")
+    figures, settings = read_results(log.parent, config)
+    config = {name: value for name, value in config.items() if name != "seed"}
     return {**config, "images": str(head.get("images"))[:8]}, settings, figures
 
 

@@ -180,7 +180,7 @@ LINES = [json.loads(line) for line in open(HERE / "runs.jsonl", encoding="utf8")
 def figures_of(start, field="linear"):
     """{seed: figure} of the lines whose id is `start` and a seed, without the study's reader."""
     return {line["id"][len(start):]: line[field] for line in LINES
-            if re.fullmatch(r"(-s\d+)?", line["id"][len(start):]) and line["id"].startswith(start)}
+            if re.fullmatch(re.escape(start) + r"(-s\d+)?", line["id"]) and field in line}
 
 
 def test_every_id_is_there_once_and_has_a_preset_and_a_commit():
@@ -228,7 +228,7 @@ def test_compute_is_that_of_the_presets_network(preset):
     cfg = balcon.parse_flags(runs.HEADER["presets"][preset].split())
     flop = benchmark.flop_of_a_view(balcon.build_encoder(cfg, CPU), cfg, CPU)
     assert runs.HEADER["gflop per view"][preset] == pytest.approx(flop / 1e9, rel=1e-3)
-    run = next(run for run in runs.RUNS if run["preset"] == preset and run.get("steps"))
+    run = next(run for run in runs.RUNS if run.get("preset") == preset and run.get("steps"))
     assert run["pflop"] == pytest.approx(run["views"] * flop / 1e15, rel=1e-3)
 
 
@@ -348,6 +348,83 @@ def test_figures_of_the_page_by_other_means():
 
 def figures_of_bias(start):
     return [bias["projection"] for bias in figures_of(start, "bias").values()]
+
+
+def text_of(figure, digits=2):
+    return f"{figure:.{digits}f}".replace("-", "−")
+
+
+def test_rows_of_the_main_table_by_other_means():
+    head, *rows = page.main_rows()
+    assert head[4].endswith("kNN 10") and head[5] == "linear" and head[6].endswith("kNN 10")
+    assert "0.11 % of the compute" in head[4] and "10.1 % of the views" in head[6]
+    for cells, start in zip(rows, ("balanced-a2-l4", "balanced-a4-l1", "ntxent-a8-l1")):
+        knn, linear = (figures_of(f"four-{start}", field) for field in ("knn10", "linear"))
+        assert cells[3:6] == [str(len(knn)), *(page.number(np.mean(list(found.values())))
+                                               for found in (knn, linear))]
+    assert rows[0][6:8] == ["70.72", "71.54"] and rows[0][8] == "86.08"
+    assert rows[-2][4:6] == ["39.40", "44.02"] and rows[-1][4:6] == ["37.23", "41.76"]
+
+
+def test_more_figures_of_the_page_by_other_means():
+    found = page.derived()
+    best = {}  # {αλ: {rate and cell: accuracies}}
+    for line in LINES:
+        flags = line.get("argv", "").replace("--", "").split()
+        if line.get("preset") == "V" and "drop" not in flags and "epochs" not in flags:
+            setting = {"alpha": "2", "lam": "4", **dict(zip(flags[::2], flags[1::2]))}
+            cell = best.setdefault(float(setting["alpha"]) * float(setting["lam"]), {})
+            cell.setdefault(line["argv"], []).append(line["linear"])
+    for product in (2, 4, 8, 16, 32, 64):
+        highest = max(map(np.mean, best[product].values()))
+        assert found[f"val/best/{product}"] == text_of(highest)
+
+    ratios = []
+    for gaps in figures_of("c100", "nscl").values():
+        for _, *pairs in gaps:
+            ratios += [pairs[i + 1] / pairs[i] for i in range(0, len(pairs), 2)]
+    assert [found["nscl/low"], found["nscl/high"]] == [text_of(f(ratios), 0) for f in (min, max)]
+
+    second = []
+    for line in LINES:
+        if re.fullmatch(r"(balanced|ntxent)-a\d+-l\d+-s\d", line["id"]):
+            second.append(100 * line["second_order"] / line["repelling"])
+    assert [found["second/low"], found["second/high"]] == [text_of(f(second), 0)
+                                                          for f in (min, max)]
+    p = np.array([[i + j for j in range(4)] for i in range(4)]).ravel()
+    x = np.linspace(0, 6, 60_001)
+    for loss in ("balanced", "ntxent"):
+        curve = np.polyval(np.polyfit(p, np.ravel(page.PAPER[loss]), 2), x)
+        assert found[f"paper/{loss}/best"] == text_of(2 ** x[curve.argmax()], 0)
+    assert [found["paper/8-4"], found["paper/gain"], found["paper/headline"]] == [
+        text_of(82.95 - 75.23), text_of(86.08 - 84.07), text_of(86.08 - 84.95)]
+
+    bias = np.mean([line[2] for line in figures_of_bias("balanced-a2-l4")])
+    relative = np.mean([line[5] for line in figures_of_bias("rotation")])
+    assert page.evaluated("balanced-a2-l4/eq16") == text_of(bias, 4)
+    assert page.evaluated("rotation/relative") == text_of(relative, 4)
+    share = figures_of("balanced-a2-l4", "same_class")["-s0"][1]
+    assert page.evaluated("balanced-a2-l4-s0/lam_share") == text_of(4 * share, 3)
+
+    grids = []
+    for loss in ("balanced", "ntxent"):
+        cells = [(math.log2(a), math.log2(b), figures_of(f"{loss}-a{a}-l{b}", "knn1"))
+                 for a, b in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8))]
+        a, b, y = np.array([(a, b, np.mean(list(seeds.values()))) for a, b, seeds in cells
+                            if seeds]).T
+        if loss == "balanced":
+            a, b, y = np.append(a, -1), np.append(b, 4), np.append(
+                y, figures_of("balanced-a0.5-l16", "knn1")["-s0"])
+        grids.append(stats.p_of_alpha(a, b, y))  # which has an oracle of its own
+    assert found["p/knn"] == text_of(max(grids), 3)
+
+
+def test_the_p_of_a_difference_is_that_of_its_t():
+    names = "four-balanced-a2-l4", "four-ntxent-a8-l1"
+    apart, half = runs.difference(*names, "linear")
+    t = apart / (half / 2.7764)
+    found = page.evaluated(f"{names[0]} over {names[1]}/linear/p")
+    assert found == text_of(density_beyond(t, 4), 3)
 
 
 # ------------------------------------------ the paper, item by item ---------------------------
@@ -508,6 +585,9 @@ def test_report_pools_seeds_and_nothing_else(tmp_path, capsys):
         ["1of1", "70", "50"], ["1of1", "–", "50"], ["3of4", "93±3.6", "50±0"]]
     with pytest.raises(SystemExit, match="no run"):
         report.report(str(tmp_path / "nothing"))
+    (tmp_path / "killed" / "log.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(SystemExit, match="killed/log.jsonl is not"):
+        report.report(str(tmp_path))
 
 
 # ------------------------------------------ losses --------------------------------------------
