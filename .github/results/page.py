@@ -1,4 +1,4 @@
-"""RESULTS.md and APPENDIX.md, made from their templates.
+"""README.md, RESULTS.md and APPENDIX.md, made from their templates.
 
 In a template {…} is a figure of runs.jsonl:
     {ROW/field}             mean over the seeds of a row, or of one run; {ROW/runs}: how many
@@ -23,7 +23,8 @@ from runs import (HEADER, HERE, LOSSES, NAMES, PAPER, RUNS, by, difference, grid
 from stats import (best_positive_similarity, correlation, exponent_scores, fit, half_width, models,
                    p_of_alpha, p_value, pooled_sd, t_quantile, verdict)
 
-PAGES = {"RESULTS.template.md": HERE.parents[1] / "RESULTS.md",
+PAGES = {"README.template.md": HERE.parents[1] / "README.md",
+         "RESULTS.template.md": HERE.parents[1] / "RESULTS.md",
          "APPENDIX.template.md": HERE / "APPENDIX.md"}
 PLACEHOLDER = re.compile(r"\{([^{}\n]+)\}")
 ITEMS = json.loads((HERE / "paper.json").read_text(encoding="utf8"))
