@@ -24,9 +24,9 @@ Letters, as in the paper:
 
 The file has three parts. Part 1 is the method, in the order of use: losses, views, images, model,
 pretraining, evaluation. You may stop there. Part 2 measures the paper's theory. Part 3 is the
-machinery that part 1 calls in single lines: settings, checkpoints, processes, files, pictures.
-`cfg` holds the settings, which the table at the start of part 3 explains, and two values derived
-from them: `cfg.views`, the distribution of views, and `cfg.images`, a fingerprint of the images.
+machinery around it: settings, checkpoints, processes, files, pictures. `cfg` holds the settings,
+which the table at the start of part 3 explains, and two derived values: `cfg.views`, the
+distribution of views, and `cfg.images`, a fingerprint of the images' names and labels.
 """
 import argparse
 import contextlib
@@ -36,6 +36,7 @@ import hashlib
 import io
 import json
 import math
+import operator
 import os
 import re
 import subprocess
@@ -101,7 +102,8 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
         dist.all_reduce(gradient)
         return gradient
 
-    with torch.autocast("cpu" if z1.is_meta else z1.device.type, enabled=False):
+    device = "cpu" if z1.is_meta else z1.device.type  # autocast does not know the meta device
+    with torch.autocast(device, enabled=False):
         dtype = torch.promote_types(z1.dtype, torch.float32)
         z1 = z1.to(dtype)
         z2 = z2.to(dtype)
@@ -115,7 +117,8 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
             dist.all_gather(parts, z.detach())
             parts[rank] = z  # of all rows only my own keep their graph
             candidates = torch.cat(parts)  # [world · 2m, d]
-            if z.requires_grad:  # every rank's loss depends on my rows: sum their gradients
+            # Every rank's loss depends on my rows, so my rows need the sum of all ranks' gradients.
+            if z.requires_grad:
                 candidates.register_hook(sum_over_ranks)
         s = z @ candidates.T  # [2m, world · 2m]
         if similarity == "euclidean":
@@ -157,9 +160,9 @@ LOSSES = {"balanced": balanced_contrastive_loss, "ntxent": generalized_nt_xent_l
 class Draw:
     """The random numbers behind a batch of views: a t ~ T for each view.
 
-    They are a pure function of the key. So the same key gives the same t to other images (Eq. 51).
-    Every rank draws for all views of the batch and uses its own rows: 1, 2 or 8 processes see the
-    same views.
+    They depend on the key and the place in the batch only. So the same key gives the same t to
+    other images (Eq. 51). Every rank draws for all views of the batch and uses its own rows: 1, 2
+    or 8 processes see the same views.
     """
 
     def __init__(self, key, views_in_batch, rows):
@@ -377,19 +380,16 @@ class Images:
         first the first view of all, then the second. Without `views` it holds the b images. With
         one_t all views have the same t.
         """
-        def requests():
-            for step, rows in order:
-                m = len(rows)
-                own = torch.arange(m)[rank_share(m)]  # [b]: places of this rank's images in `rows`
-                if one_t:
-                    t = Draw(key, 1, torch.zeros(n * len(own)).long())
-                else:
-                    places = (m * torch.arange(n)[:, None] + own).flatten()  # [n·b], of n·m views
-                    t = Draw((*key, step), n * m, places)
-                yield step, rows[own], t
+        def request(step, rows):
+            m = len(rows)
+            own = torch.arange(m)[rank_share(m)]  # [b]: places of this rank's images in `rows`
+            if one_t:
+                return step, rows[own], Draw(key, 1, torch.zeros(n * len(own)).long())
+            places = (m * torch.arange(n)[:, None] + own).flatten()  # [n·b]: places among n·m views
+            return step, rows[own], Draw((*key, step), n * m, places)
 
         mean, std = to_device(torch.tensor([MEAN, STD]), self.device)[..., None, None]
-        for step, x, t in self.read(requests(), views):
+        for step, x, t in self.read((request(*pair) for pair in order), views):
             if views:
                 x = augment(x, t, views.names)
             yield step, ((x - mean) / std).contiguous(memory_format=torch.channels_last)
@@ -496,7 +496,7 @@ def extract(backbone, data, cfg):
 
 def nearest(bank, queries, k):
     """[Q, k]: the rows of bank [N, d] most cosine-similar to queries [Q, d], nearest first."""
-    length = bank.norm(dim=1).clamp(min=1e-12)  # a query's own length leaves its ranking as it is
+    length = bank.norm(dim=1).clamp(min=1e-12)  # dividing by a query's length changes no ranking
     return torch.cat([(part @ bank.T).div_(length).topk(k).indices for part in queries.split(128)])
 
 
@@ -504,7 +504,8 @@ def knn_predict(train_features, train_labels, test_features, k):
     """Labels [Q] of test_features [Q, d] by the majority of the k most cosine-similar of
     train_features [N, d] (A.4.2). Ties go to the class of the nearest neighbour among them."""
     voters = train_labels[nearest(train_features, test_features, k)]  # [Q, k], nearest first
-    # Column j: how many of the k neighbours share the label of the j-th nearest.
+    # [Q, k]: how many of the k neighbours share the label of the j-th nearest. Labels 3 5 3 have
+    # the votes 2 1 2.
     votes = torch.stack([(voters == label[:, None]).sum(1) for label in voters.T], 1)
     winner = votes.argmax(1, keepdim=True)  # the first of equal maxima, so the nearest
     return voters.gather(1, winner).squeeze(1)
@@ -552,7 +553,7 @@ def train_on_crops(backbone, width, train, cfg):
     optimizer = kind(classifier.parameters(), lr=peak, momentum=0.9)
     views = Views(["flip"], train.size or train.pixels.shape[-1], (0.08, 1.0))
     path = cfg.out / "classifier.pt"
-    made_by = {"settings": chosen(cfg, DEPENDS["linear"]), "backbone": before,
+    made_by = {"settings": values_of(cfg, DEPENDS["linear"]), "backbone": before,
                "images": cfg.images}
     first_epoch = resume(path, made_by, classifier=classifier, optimizer=optimizer)["epoch"]
     for epoch in range(first_epoch, cfg.probe_epochs):
@@ -596,7 +597,8 @@ def embed(encoder, data, cfg, name, n=1, groups=1, one_t=False):
         features = encoder.backbone(x)
         raw = encoder.projector(features)
         for space, z in zip(spaces, (F.normalize(raw, dim=1), raw, features)):
-            z = z.unflatten(0, (groups, n // groups, -1)).mean(1).transpose(0, 1)  # [b, groups, d]
+            z = z.unflatten(0, (groups, n // groups, -1))  # [groups, views, b, d]
+            z = z.mean(1).transpose(0, 1)  # [b, groups, d]
             space.append(gather_rows(z.contiguous(), len(batches[step])))
     return [torch.cat(space) for space in spaces]
 
@@ -618,9 +620,9 @@ def class_means(x, labels):
 def mean_length(gaps):
     """Mean distance between two expectations over T, extrapolated to infinitely many views.
 
-    gaps: [N, 2, d], their difference, estimated from each half of K views. Noise makes the squared
-    length too large: by about c/K with K views, by 2c/K with K/2. So twice the former minus the
-    latter is free of c (Richardson extrapolation), if the N lengths are similar.
+    gaps: [N, 2, d], their difference, estimated from each half of K views. Noise adds about c/K to
+    the squared length L² with K views, 2c/K with K/2. So 2(L² + c/K) − (L² + 2c/K) is L²
+    (Richardson extrapolation), if the N lengths are similar.
     """
     whole = gaps.mean(1).norm(dim=1).mean()
     half = gaps.norm(dim=2).mean()
@@ -639,9 +641,9 @@ def bias(encoder, train, cfg):
     """Eq. 51, the paper's estimate of the bias, and Eq. 16, the bias, in three spaces (A.3.2).
 
     Eq. 51 applies the same t to an image and to another one of its class; by Jensen's inequality
-    it is an upper bound of Eq. 16. Both grow with the scale of the space. So `relative` divides
-    Eq. 51 by the mean distance of two random views, and Eq. 16 by that of the mean views of two
-    random images.
+    it is an upper bound of Eq. 16. Both grow with the scale of the space, so there are
+    eq51_relative: Eq. 51 over the mean distance of two random views, and
+    eq16_relative: Eq. 16 over the mean distance of the mean views of two random images.
     """
     data, labels = theory_images(train, cfg)
     shuffled = torch.randperm(len(data), generator=rng(cfg.seed, "pairs"))
@@ -697,9 +699,9 @@ def bounds(encoder, train, cfg):
     """How tight Theorems 4.4 (K views) and 4.6 (one view of each image as bank) are: mean gaps,
     right minus left side (A.4.5, Fig. 6), and the share of images where a bound fails.
 
-    `printed` is the gap of Eq. 10 as it is printed: with one t′ for the whole bank, then the mean
-    of B over K draws of t′. Also what the theorems assume: the angle between f(t(x)) and the mean
-    view, at most 90° by Assumption 4.3; ν; how often B < 0. Eq. 17's λ is Eq. 2's over ν.
+    attract, repel: Eq. 8, Eq. 10. printed: Eq. 10 as it is printed, with one t′ for the whole bank
+    and then the mean of B over K draws of t′. angle: between f(t(x)) and the mean view, at most
+    90° by Assumption 4.3. nu: ν. b_negative: how often B < 0. (Eq. 17's λ is Eq. 2's over ν.)
     """
     data, labels = theory_images(train, cfg)
     anchor = embed(encoder, data, cfg, "anchors")[0][:, 0]
@@ -733,7 +735,7 @@ RESNETS = ["resnet8", "resnet10",
 DROPPABLE = {"gaussian_blur": ["gaussian_blur"], "color_distortion": ["color_jitter", "grayscale"]}
 # Every flag: its default, what it is, and its choices or its range. The defaults are the paper's
 # CIFAR-10 recipe (A.4.1); "" means that there is none.
-FLAGS = {
+SETTING_GROUPS = {
     "What makes the weights; must match when a run is resumed": {
         "alpha": (2.0, "α, sharpness of the softmax over negatives: 1 / temperature", "> 0"),
         "lam": (4.0, "λ, weight of repelling against attracting", ">= 0"),
@@ -757,11 +759,12 @@ FLAGS = {
                       ["float32", "bfloat16"]),
         "seed": (0, "of weights, order and views", ">= 0"),
         "init": ("", "start from the backbone in this file, of balcon or of others", None),
-        "limit": (0, "train on this many images, without --subset the same for every seed", ">= 0"),
+        "limit": (0, "train on this many images; without --subset the same for all seeds",
+                  ">= 0"),
         "subset": ("full", "lt: long-tailed as ImageNet-LT; uni: uniform of that size (A.3.4); "
                    "or a file that lists class/image in each line", None)},
     "Evaluation": {
-        "eval": (["knn", "linear"], "what to measure; with no names nothing",
+        "eval": (["knn", "linear"], "what to measure; without names nothing",
                  ["knn", "linear", "bias", "bounds"]),
         "baseline": (True, "evaluate the untrained backbone, too", None),
         "checkpoint": ("", "evaluate this checkpoint instead of pretraining", None),
@@ -782,14 +785,14 @@ FLAGS = {
         "save_every": (0, "keep a checkpoint of every Nth epoch (Fig. 6); 0: only the last",
                        ">= 0"),
         "workers": (8, "threads of each rank that read ImageNet; at most one a core", ">= 0")}}
-FLAG = {name: entry for group in FLAGS.values() for name, entry in group.items()}
-MAKES_WEIGHTS = ["dataset", *next(iter(FLAGS.values()))]
+SETTINGS = {name: entry for group in SETTING_GROUPS.values() for name, entry in group.items()}
+MAKES_WEIGHTS = ["dataset", *list(SETTING_GROUPS.values())[0]]  # must match on resume
 PHOTO_VIEWS = ["color_jitter", "grayscale", "gaussian_blur", "flip"]
 RECIPES = {  # what differs from the above
     "patterns": dict(  # ours: synthetic images, for the demonstration
-        alpha=4.0, lam=2.0, epochs=7, batch_size=128, lr=0.5, backbone="resnet8", stem="imagenet",
-        projector=[512, 128], crop_scale=[0.3, 1.0], k=[5], probe="features", theory_images=256,
-        eval=["knn", "linear", "bias", "bounds"]),
+        alpha=4.0, lam=2.0, epochs=5, batch_size=64, lr=0.5, backbone="resnet8", stem="imagenet",
+        projector=[512, 128], size=24, crop_scale=[0.4, 1.0], k=[5], probe="features",
+        theory_images=256, theory_views=4, eval=["knn", "linear", "bias", "bounds"]),
     "cifar10": {}, "cifar100": {},
     "stl10": dict(stem="imagenet", size=96),  # ours
     "imagenet": dict(  # A.3.1; LARS as in SimSiam
@@ -804,7 +807,7 @@ RECIPES = {  # what differs from the above
 VIEWS = ["size", "crop_scale", "augmentations", "drop", "add"]
 DEPENDS = {  # settings that a figure depends on, beside the weights and the images
     "knn": ["size", "precision", "k"],
-    "linear": ["size", "precision", "seed", *(name for name in FLAG if name.startswith("probe"))],
+    "linear": ["size", "precision", "seed", *(key for key in SETTINGS if key.startswith("probe"))],
     "bias": ["theory_images", "theory_views", "seed", *VIEWS],
     "bounds": ["theory_images", "theory_views", "seed", "alpha", *VIEWS],
     "neighbors": ["size", "precision"]}
@@ -815,13 +818,13 @@ HINTS = {  # what people type, and what they mean
 
 
 def recipe_of(dataset):
-    recipe = {name: default for name, (default, *_) in FLAG.items()} | RECIPES[dataset]
+    recipe = {name: default for name, (default, *_) in SETTINGS.items()} | RECIPES[dataset]
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         recipe["precision"] = "bfloat16"
     return recipe | {"dataset": dataset, "data": f"data/{dataset}"}
 
 
-def chosen(cfg, names):
+def values_of(cfg, names):
     """{name: value} of some settings, as JSON gives it back."""
     return json.loads(json.dumps({name: vars(cfg)[name] for name in names}))
 
@@ -838,7 +841,7 @@ def parse_flags(argv=None):
                                      allow_abbrev=False, usage="python balcon.py [flags]")
     parser.error = refuse
     parser.add_argument("--dataset", help="selects the recipe: " + ", ".join(RECIPES))
-    for title, group in FLAGS.items():
+    for title, group in SETTING_GROUPS.items():
         section = parser.add_argument_group(title)
         for name, (default, meaning, rule) in group.items():
             options = {"type": type(default), "metavar": name.upper()}
@@ -848,7 +851,7 @@ def parse_flags(argv=None):
                 options = {"action": argparse.BooleanOptionalAction}
             if isinstance(rule, list) and len(rule) < 8:
                 meaning += f" {{{', '.join(rule)}}}"
-            section.add_argument(flag(name), **options, help=meaning + " (default: %(default)s)")
+            section.add_argument(as_flag(name), **options, help=meaning + " (default: %(default)s)")
     first = parser.parse_known_args(argv)[0]  # --dataset and --checkpoint choose the defaults
     saved = load_file(first.checkpoint).get("config", {}) if first.checkpoint else {}
     if first.checkpoint and saved.keys() != set(MAKES_WEIGHTS):
@@ -861,13 +864,13 @@ def parse_flags(argv=None):
     parser.add_argument("-h", "--help", action="help", help="show this")
     cfg, unknown = parser.parse_known_args(argv)
     if unknown:
-        require_one_of([*map(flag, FLAG)], unknown[0], f"there is no flag {unknown[0]}")
+        require_one_of([*map(as_flag, SETTINGS)], unknown[0], f"there is no flag {unknown[0]}")
 
     dropped = sum((DROPPABLE.get(name, []) for name in cfg.drop), [])
     names = [name for name in cfg.augmentations if name not in dropped] + cfg.add
     cfg.views = Views(names, cfg.size, cfg.crop_scale)
     cfg.workers = min(cfg.workers, cores())
-    if not cfg.data:  # as of a shell variable that is not set
+    if not cfg.data:  # an unset shell variable gives an empty string
         refuse("--data is empty")
     cfg.data = Path(cfg.data)
     cfg.out = Path(cfg.out or default_out(cfg))
@@ -888,22 +891,22 @@ def default_out(cfg):
     return "runs/" + re.sub(r"[^\w.]+", "-", "_".join(words))[:100]
 
 
-def flag(name):
+def as_flag(name):
     return "--" + name.replace("_", "-")
 
 
 def check_settings(cfg):
     """Refuse, before any work is done, what would fail late."""
-    for name, (_, _, rule) in FLAG.items():
+    for name, (_, _, rule) in SETTINGS.items():
         value = vars(cfg)[name]
         for item in value if isinstance(value, list) else [value]:
             if isinstance(rule, list):
-                require_one_of(rule, item, f"{flag(name)} {item} is unknown")
+                require_one_of(rule, item, f"{as_flag(name)} {item} is unknown")
             elif rule:
                 comparison, bound = rule.split()
-                above = item > float(bound) or (comparison == ">=" and item == float(bound))
-                if not above or not item < 2 ** 63:
-                    refuse(f"{flag(name)} {item} must be {rule}")
+                above = {">": operator.gt, ">=": operator.ge}[comparison]
+                if not above(item, float(bound)) or item >= 2 ** 63:
+                    refuse(f"{as_flag(name)} {item} must be {rule}")
     present, processes = set(cfg.augmentations), int(os.environ.get("WORLD_SIZE", 1))
     export = Path(cfg.export).absolute()
     for wrong, sentence in (
@@ -920,10 +923,10 @@ def check_settings(cfg):
          "--limit and a list of files in --subset exclude each other"),
         (cfg.theory_views % 2, f"--theory-views {cfg.theory_views} must be even"),
         (cfg.init and not Path(cfg.init).is_file(),
-         f"--init {cfg.init} is no file; it takes weights that were saved with torch.save"),
+         f"--init {cfg.init} is not a file; it takes weights that were saved with torch.save"),
         (cfg.export and (export.is_dir() or not export.parent.is_dir()),
-         f"--export {cfg.export} is a folder, or lies in none"),
-        (cfg.out.exists() and not cfg.out.is_dir(), f"--out {cfg.out} is no folder"),
+         f"--export {cfg.export} is a folder, or its folder does not exist"),
+        (cfg.out.exists() and not cfg.out.is_dir(), f"--out {cfg.out} is not a folder"),
         (cfg.out.resolve() == cfg.data.resolve(), "--out and --data name the same folder"),
     ):
         if wrong:
@@ -952,12 +955,12 @@ def run(cfg):
     bank = train  # what is searched, and what classifiers learn from
     if (train.labels < 0).any() and (train.labels >= 0).any():
         bank = train.select((train.labels >= 0).nonzero().squeeze(1))
-    wanted = tell(lambda: possible_evaluations(cfg, train, bank, test))
+    wanted = from_rank_0(lambda: possible_evaluations(cfg, train, bank, test))
     check_same_run(cfg, cfg.images)
     start_log(cfg, train, test)
     path = cfg.out / "results.json"
-    results = tell(lambda: json.loads(path.read_text()) if path.exists() else {})
-    results["config"] = chosen(cfg, MAKES_WEIGHTS)
+    results = from_rank_0(lambda: json.loads(path.read_text()) if path.exists() else {})
+    results["config"] = values_of(cfg, MAKES_WEIGHTS)
 
     trains = cfg.epochs > 0 and not cfg.checkpoint
     if trains:
@@ -1028,7 +1031,7 @@ def evaluate(stage, encoder, bank, test, wanted, results, cfg):
     results: {stage: {evaluation: {"settings": those that its figures depend on, figure: value}}}.
     Returns a function that gives the features of the bank or the test images.
     """
-    weights = tell(lambda: digest(encoder))
+    weights = from_rank_0(lambda: digest(encoder))
     extracted = {}
 
     def features(data):
@@ -1042,7 +1045,7 @@ def evaluate(stage, encoder, bank, test, wanted, results, cfg):
                "bounds": lambda: bounds(encoder, bank, cfg),
                "neighbors": lambda: neighbors(encoder.backbone, extracted, bank, test, cfg)}
     for name in [*wanted, "neighbors"]:
-        settings = {**chosen(cfg, DEPENDS[name]), "weights": weights, "images": cfg.images}
+        settings = {**values_of(cfg, DEPENDS[name]), "weights": weights, "images": cfg.images}
         known = results.setdefault(stage, {})
         if known.get(name, {}).get("settings") != settings:
             known[name] = {"settings": settings, **measure[name]()}
@@ -1068,14 +1071,16 @@ def conclude(results, cfg):
     for stage, column in columns.items():
         for name in cfg.eval:
             column |= results[stage].get(name, {})
-    if cfg.eval:
+    rows = [(f"kNN, k = {k}, top-1 accuracy, %", f"knn{k}") for k in cfg.k]
+    rows += [(meaning, name) for name, meaning in MEANINGS.items()]
+    rows = [(meaning, [column.get(name, math.nan) for column in columns.values()])
+            for meaning, name in rows if any(name in column for column in columns.values())]
+    if rows:
         say(" " * 52 + "".join(f"{stage:>12}" for stage in columns))
-    for name, meaning in [*((f"knn{k}", f"kNN, k = {k}, top-1 accuracy, %") for k in cfg.k),
-                          *MEANINGS.items()]:
-        if any(name in column for column in columns.values()):
-            values = [column.get(name, math.nan) for column in columns.values()]
-            say(f"{meaning:52}" + "".join(f"{value:12.4g}" for value in values))
-    say(f"{cfg.out} holds {', '.join(sorted(path.name for path in cfg.out.iterdir()))}")
+    for meaning, values in rows:
+        say(f"{meaning:52}" + "".join(f"{value:12.4g}" for value in values))
+    if rank() == 0:
+        say(f"{cfg.out} holds {', '.join(sorted(path.name for path in cfg.out.iterdir()))}")
     own = recipe_of("patterns") | {"seed": cfg.seed}
     is_demo = all(vars(cfg)[key] == own[key] for key in MAKES_WEIGHTS)
     errors = [100 - column["knn5"] for column in columns.values() if "knn5" in column]
@@ -1097,7 +1102,7 @@ class Session:
         self.per_epoch = len(train) // cfg.batch_size
         self.encoder = dict(encoder.named_children())  # backbone, projector
         self.optimizer = optimizer
-        self.made_by = {"config": chosen(cfg, MAKES_WEIGHTS), "images": cfg.images}
+        self.made_by = {"config": values_of(cfg, MAKES_WEIGHTS), "images": cfg.images}
         state = resume(cfg.out / "last.pt", self.made_by, **self.encoder, optimizer=optimizer)
         self.first_epoch = state["epoch"]
         self.seconds_before = state.get("seconds", 0.0)
@@ -1155,7 +1160,7 @@ def save(path, state, **parts):
 
 def resume(path, made_by, **parts):
     """Load the parts from a checkpoint that holds all of made_by. Returns it, or epoch 0."""
-    state = tell(lambda: load_file(path) if path.exists() else {})
+    state = from_rank_0(lambda: load_file(path) if path.exists() else {})
     if any(state.get(key) != value for key, value in made_by.items()):
         return {"epoch": 0}
     load_parts(path, state, **parts)
@@ -1172,14 +1177,14 @@ def load_parts(path, state, **parts):
 
 
 def check_same_run(cfg, images=None):
-    """Refuse to go on with weights that other settings or other images made. Before an epoch is
-    finished nothing binds."""
+    """Refuse to go on with weights that other settings or other images made. Until the first epoch
+    is saved, anything may change."""
     path = cfg.out / "last.pt"
     if rank() > 0 or cfg.checkpoint or not path.exists():
         return
     before = load_file(path)
     fresh = f"choose another --out; --init {path} starts from its weights"
-    for key, value in chosen(cfg, MAKES_WEIGHTS).items():
+    for key, value in values_of(cfg, MAKES_WEIGHTS).items():
         known = before.get("config", {}).get(key)
         if known != value:
             refuse(f"--out {cfg.out} holds a run with {key} {known}, not {value}: {fresh}")
@@ -1189,20 +1194,18 @@ def check_same_run(cfg, images=None):
 
 def start_log(cfg, train, test):
     """Say what is about to happen. A line of log.jsonl has all that decides the figures."""
-    tests = len(test) if test else "no"
-    say(f"{cfg.dataset}, {len(train)} training and {tests} test images -> {cfg.out}")
-    readers = f", each with {cfg.workers} threads that read files" * (cfg.dataset == "imagenet")
-    say(f"{cfg.backbone}; {train.device}, {cfg.precision}, processes: {world_size()}{readers}")
-    say(f"evaluating {cfg.checkpoint}" if cfg.checkpoint else
-        f"{cfg.loss} loss, alpha {cfg.alpha:g}, lambda {cfg.lam:g}; {cfg.epochs} epochs, batch "
-        f"{cfg.batch_size}, lr {cfg.lr:g}, seed {cfg.seed}")
+    say(f"{cfg.dataset}, {len(train)} training and {len(test) if test else 'no'} test images; "
+        f"{cfg.backbone} on {train.device}, {cfg.precision}, processes: {world_size()}")
+    if cfg.epochs and not cfg.checkpoint:
+        say(f"{cfg.loss} loss, alpha {cfg.alpha:g}, lambda {cfg.lam:g}; {cfg.epochs} epochs, batch "
+            f"{cfg.batch_size}, lr {cfg.lr:g}, seed {cfg.seed} -> {cfg.out}")
     if rank() > 0:
         return
     cfg.out.mkdir(parents=True, exist_ok=True)
     git = subprocess.run("git describe --always --abbrev=40 --dirty", shell=True, text=True,
                          cwd=Path(__file__).resolve().parent, capture_output=True).stdout.strip()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    line = {"config": chosen(cfg, MAKES_WEIGHTS), "images": cfg.images, "argv": sys.argv,
+    line = {"config": values_of(cfg, MAKES_WEIGHTS), "images": cfg.images, "argv": sys.argv,
             "git": git, "processes": world_size(), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "torchvision": torchvision.__version__,
             "hardware": gpus or f"{os.cpu_count()} CPU cores",
@@ -1270,7 +1273,7 @@ def rank():
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def tell(decide):
+def from_rank_0(decide):
     """What decide() returns on rank 0, on every rank."""
     answer = [decide() if rank() == 0 else None]
     if world_size() > 1:
@@ -1399,7 +1402,8 @@ def load_backbone(path, backbone):
     given = load_file(path)
     for key in ("state_dict", "model", "backbone"):
         given = given[key] if isinstance(given.get(key), dict) else given
-    # nn.Sequential(*resnet.children()) has numbers in place of names.
+    # "module.encoder_q.layer1.0.conv1.weight" has a prefix; "backbone.4.0.conv1.weight", of
+    # nn.Sequential(*resnet.children()), numbers in place of names, too.
     numbers = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
     places = [(key.removesuffix(mark), names) for mark, names in
               (("layer1.0.conv1.weight", {}), ("4.0.conv1.weight", numbers))
@@ -1486,9 +1490,8 @@ def find_classes(folder, cfg):
     else:
         shown = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
         say(f"{folder}: {len(names)} images of {len(classes)} classes: {shown}")
-    files = np.array([os.path.join(folder, name) for name in names])
-    names = np.array([os.path.relpath(file, cfg.data) for file in files])
-    return ImageFiles(files, torch.from_numpy(labels).long(), names, classes.tolist(), cfg)
+    names = np.array([os.path.relpath(os.path.join(folder, name), cfg.data) for name in names])
+    return ImageFiles(torch.from_numpy(labels).long(), names, classes.tolist(), cfg)
 
 
 def list_images(folder):
@@ -1546,7 +1549,7 @@ def read_image(file, pixels=1e12, side=1):
             factor = max(math.sqrt(pixels / (width * height)), side / min(width, height))
             # JPEG decodes directly to a half, a quarter or an eighth.
             image.draft("RGB", (math.ceil(width * factor), math.ceil(height * factor)))
-            with contextlib.suppress(Exception):  # odd EXIF refuses no photograph
+            with contextlib.suppress(Exception):  # odd EXIF must not reject a photograph
                 image.getexif()
                 image.info.pop("exif", None)  # which Pillow would write anew
                 image = ImageOps.exif_transpose(image)
@@ -1569,14 +1572,14 @@ def read_into_memory(files, size, *least):
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
     images, side = [], 1
 
-    def read(file):
+    def read(name):
         try:
-            return np.array(read_image(file, *least))
+            return np.array(read_image(files.path(name), *least))
         except UserError as error:
-            return str(error)
+            return str(error).removeprefix("cannot read ")
 
     with ThreadPoolExecutor(cores() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))) as pool:
-        arrays = pool.map(read, files.files.tolist())
+        arrays = pool.map(read, files.names)
         for image in progress("reading images", arrays, len(files)):
             images.append(image)
             if not isinstance(image, str):
@@ -1604,15 +1607,16 @@ def read_into_memory(files, size, *least):
 class ImageFiles(Images):
     """Images that stay on disk: threads decode, crop and resize them, two batches ahead."""
 
-    def __init__(self, files, labels, names, classes, cfg):
+    def __init__(self, labels, names, classes, cfg):
         super().__init__(None, None, labels, names, classes, cfg.size)
-        self.files = files
         self.cfg = cfg
 
     def select(self, rows):
-        chosen = ImageFiles(self.files[rows.numpy()], self.labels[rows], self.names[rows.numpy()],
-                            self.classes, self.cfg)
+        chosen = ImageFiles(self.labels[rows], self.names[rows.numpy()], self.classes, self.cfg)
         return chosen.to(self.device)
+
+    def path(self, name):
+        return os.path.join(self.cfg.data, name)
 
     def read(self, requests, views):
         ahead = deque()
@@ -1630,7 +1634,7 @@ class ImageFiles(Images):
     def read_batch(self, threads, request, views):
         """step, x uint8 [n·b, 3, size, size], t for a request (step, rows [b], t)."""
         step, rows, t = request
-        images = list(threads.map(read_image, self.files[rows.numpy()].tolist()))
+        images = list(threads.map(read_image, map(self.path, self.names[rows.numpy()])))
         shapes = torch.tensor([[image.height, image.width] for image in images])
         n = 1
         boxes = central_boxes(shapes)
@@ -1649,7 +1653,7 @@ class ImageFiles(Images):
 # ----------------------------------------- data sets --------------------------------------
 def load_data(cfg, device):
     """Training images, and test images or None, of cfg.dataset in cfg.data. Rank 0 reads them."""
-    train, *test = [data.to(device) for data in tell(lambda: read_data(cfg))]
+    train, *test = [data.to(device) for data in from_rank_0(lambda: read_data(cfg))]
     return train, test[0] if test else None
 
 
@@ -1665,7 +1669,7 @@ def read_data(cfg):
         splits[0] = splits[0].select(training_subset(cfg, splits[0].names, splits[0].labels))
     if cfg.dataset == "imagenet" or not isinstance(splits[0], ImageFiles):
         return splits
-    if cfg.dataset == "folder":  # so large that the smallest crop, 3:4, needs not be enlarged
+    if cfg.dataset == "folder":  # so large that even the smallest crop need not be enlarged
         pixels = cfg.size ** 2 / (0.75 * cfg.crop_scale[0])
         return [read_into_memory(files, cfg.size, pixels, cfg.size / 0.875) for files in splits]
     splits = [read_into_memory(files, None) for files in splits]
@@ -1772,7 +1776,7 @@ def long_tailed_counts(classes, total, largest=1280, smallest=5, shape=6):
                f"images: change --limit")
     tail = ((np.arange(classes) + 0.5) / classes) ** (-1 / shape) - 1
     low, high = 0.0, largest / tail.min()
-    for _ in range(100):  # bisection: the sum grows with the scale
+    for _ in range(100):  # bisection for the scale at which the sizes sum to `total`
         scale = (low + high) / 2
         sizes = np.minimum(smallest + scale * tail, largest)
         low, high = (scale, high) if sizes.sum() < total else (low, scale)
@@ -1894,7 +1898,7 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Greek letters prints "?"
             stream.reconfigure(errors="replace")
-    users = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR
+    user_errnos = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR
     try:
         cfg = parse_flags(argv)
         check_settings(cfg)
@@ -1904,8 +1908,9 @@ def main(argv=None):
     except UserError as error:
         stop = error
     except (RuntimeError, MemoryError, OSError) as error:  # no memory, a full disk, a missing file
-        no_memory = isinstance(error, MemoryError) or "memory" in str(error)
-        if not no_memory and getattr(error, "errno", None) not in users:
+        no_memory = isinstance(error, MemoryError) or re.search(
+            "out of memory|allocate memory", str(error))
+        if not no_memory and getattr(error, "errno", None) not in user_errnos:
             raise  # a bug
         stop = error
     # Before the ranks have joined, all of them fail alike.

@@ -387,9 +387,9 @@ def test_plain_images_are_resized_and_cropped_in_the_centre_up_to_a_grey_level(s
 
 
 def file_images(files, size, workers=0):
-    cfg = SimpleNamespace(size=size, workers=workers)
+    cfg = SimpleNamespace(size=size, workers=workers, data="")
     names = np.array(list(map(str, files)))
-    return balcon.ImageFiles(names, torch.arange(len(names)), names, [], cfg)
+    return balcon.ImageFiles(torch.arange(len(names)), names, [], cfg)
 
 
 @pytest.mark.parametrize("kind", ["files", "memory"])
@@ -468,7 +468,7 @@ RECIPES = {
     "cifar10": CIFAR, "cifar100": CIFAR, "imagenet": IMAGENET,
     "stl10": CIFAR | {"stem": "imagenet", "size": 96},
     "folder": dict(backbone="resnet18", size=128, batch_size=128, probe="features", k=[5]),
-    "patterns": dict(alpha=4, lam=2, size=32, probe="features", probe_l2=0.03, k=[5])}
+    "patterns": dict(alpha=4, lam=2, size=24, probe="features", probe_l2=0.03, k=[5])}
 
 
 @pytest.mark.parametrize("dataset", RECIPES)
@@ -1085,49 +1085,6 @@ def sides_by_loops(anchor, mean_view, bank, labels, alpha):
     return dict(zip(names, torch.tensor(rows).double().T))
 
 
-def hard_case(seed):
-    """Classes in one corner or anywhere, tight or loose; anchors among or opposite their own."""
-    rng = np.random.default_rng(seed)
-    classes, d = rng.integers(2, (7, 9))
-    labels = np.append(np.arange(classes), rng.integers(classes, size=15))
-    centres = rng.normal(size=(classes, d)) + 2 * (seed % 2)
-    spread = rng.choice([0.05, 0.3, 1, 10], (classes, 1))[labels]
-
-    def around(x, spread):
-        return F.normalize(torch.tensor(x + spread * rng.normal(size=x.shape)), dim=1)
-
-    anchor = around(rng.choice([-1, 1]) * centres[labels], rng.choice([0.1, 3]))
-    mean_view = (anchor + 2 * around(rng.choice([-1, 1]) * anchor.numpy(), spread)) / 3
-    bank, alpha = around(centres[labels], spread), 10 ** rng.uniform(-1, 2.3)
-    return anchor, mean_view, bank, torch.tensor(labels), alpha
-
-
-def test_theorem_4_6_holds_where_b_is_not_negative_and_with_max_of_b_and_b_over_nu_always():
-    fails = 0
-    for seed in range(300):
-        anchor, mean_view, bank, labels, alpha = case = hard_case(seed)
-        side, classes = balcon.theorem_sides(*case), len(labels.unique())
-        left, right, b = side["repel_left"] - 1e-9, side["repel_right"], side["b"]
-        holds = left < right
-        assert holds[b >= 0].all() and (left < torch.maximum(b, right)).all()
-        assert (b > -1e-9).all() or alpha > math.log(classes)
-        assert holds.all() or classes > 2
-        assumed = (anchor * mean_view).sum(1) >= 0  # Assumption 4.3, for Theorem 4.4
-        assert (side["attract_left"] - 1e-9 < side["attract_right"])[assumed].all()
-        fails += (~holds).sum()
-    assert fails > 5  # so the cases are hard enough
-
-
-def test_the_counterexample_to_theorem_4_6():
-    z, e1, e2 = torch.eye(3).double()
-    bank, anchor = -z.repeat(20, 1), z.repeat(20, 1)
-    bank[2:4] = -z / 2 + math.sqrt(0.75) * torch.stack([e1, -e1])
-    bank[4:6] = -z / 2 + math.sqrt(0.75) * e2
-    side = balcon.theorem_sides(anchor, anchor, bank, torch.arange(20) // 2, 8.0)
-    left, right, b = (side[name][0].item() for name in ("repel_left", "repel_right", "b"))
-    assert (round(left, 3), round(right, 3)) == (-0.5, -0.809) and left < max(b, right)
-
-
 def test_bounds_are_the_mean_gaps_and_the_shares_that_fail():
     data, encoder, cfg = pictures(12), stub(), settings(alpha=30.0, seed=7)
     noise = torch.randn(12, 3, 2, 2, generator=generator(4))
@@ -1664,7 +1621,7 @@ def test_baseline_training_export_and_workers_in_one_run(place, streamed):
 
 def test_a_checkpoints_limit_and_subset_do_not_apply_to_another_data_set(tmp_path):
     cfg = balcon.parse_flags("--dataset cifar10 --limit 20 --subset uni --lr 0.3 --k 7".split())
-    torch.save({"config": balcon.chosen(cfg, balcon.MAKES_WEIGHTS)}, tmp_path / "a.pt")
+    torch.save({"config": balcon.values_of(cfg, balcon.MAKES_WEIGHTS)}, tmp_path / "a.pt")
     flags = ["--checkpoint", str(tmp_path / "a.pt")]
     own = balcon.parse_flags(flags)
     assert (own.dataset, own.limit, own.subset, own.lr) == ("cifar10", 20, "uni", 0.3)
@@ -1730,7 +1687,7 @@ def test_the_table_names_its_figures(tmp_path, capsys):
 BAD = {  # words, after NAME=value for the environment: what the sentence names
     "--loss softmax": "--loss softmax", "--loss simclr": "ntxent with --lam 1",
     "--lambda 4": "--lam", "--lambda=4": "--lam", "--alpah 4": "did you mean --alpha",
-    "--temperature 0.5": "1 / temperature", "--init resnet18": "--init resnet18 is no file",
+    "--temperature 0.5": "1 / temperature", "--init resnet18": "--init resnet18 is not a file",
     "--alpha 0": "--alpha 0.0 must be > 0", "--alpha -1": "--alpha -1.0 must be > 0",
     "--lam nan": "--lam nan must be >= 0", "--lr inf": "--lr inf", "--weight-decay -1": "decay",
     "--batch-size 4.5": "--batch-size", "--batch-size 1": "must be >= 2", "--size 0": "--size 0",
