@@ -185,7 +185,7 @@ def register_losses():
                 raise balcon.UserError(str(error)) from error
         return of_cosine
 
-    choices = balcon.FLAG["loss"][2]
+    choices = balcon.SETTINGS["loss"][2]
     for name, loss in LOSSES.items():
         balcon.LOSSES[name] = for_balcon(loss)
         if name not in choices:

@@ -21,7 +21,8 @@ from report import markdown
 from runs import (HEADER, HERE, LOSSES, NAMES, PAPER, RUNS, by, difference, grid, grid_runs, row,
                   select, spread, values, verdict_of)
 from stats import (best_positive_similarity, correlation, exponent_scores, fit, half_width, models,
-                   p_of_alpha, p_value, pooled_sd, t_quantile, verdict)
+                   p_of_alpha, p_value, pooled_sd, t_quantile, verdict,
+                   welch_half_width)
 
 PAGES = {"README.template.md": HERE.parents[1] / "README.md",
          "RESULTS.template.md": HERE.parents[1] / "RESULTS.md",
@@ -212,8 +213,9 @@ SCALES = {"own": 2, "four": 4, "twenty": 20}  # epochs of preset H
 CONTROLS = ("own-untrained", "all-pixels")  # the same after any number of epochs
 RATES = {  # where the rate of a row comes from (RESULTS.md, "Noise and protocol")
     "balanced-a2-l4": "own, 3 tried", "balanced-a2-l1": "own, 3 tried",
-    "balanced-a8-l4": "own, 2 tried", "balanced-a4-l1": "borrowed, balanced (2, 4)",
-    "ntxent-a8-l1": "borrowed, balanced (8, 1)", "ntxent-a8-l4": "borrowed, balanced (8, 4)",
+    "balanced-a8-l4": "own, edge of 2 tried", "balanced-a4-l1": "borrowed, balanced (2, 4)",
+    "ntxent-a8-l1": "preset V, balanced (8, 1): edge of 2 tried",
+    "ntxent-a8-l4": "borrowed, balanced (8, 4)",
     "ntxent-a2-l1": "borrowed, balanced (2, 1)"}
 
 
@@ -258,6 +260,31 @@ def own_rows():
     for name in CONTROLS:
         rows.append([show(row(name), "method"), "–", "1",
                      *(show(row(name), field) for _, field in places), "–"])
+    return rows
+
+
+def lead_rows():
+    """All leads of balanced (2, 4) over (2, 1): at each common rate and at the best of each."""
+    runs = [run for run in select(loss="balanced", alpha=2.0)
+            if run.get("epochs") and "linear" in run]
+    rows = [["preset", "epochs", "rates", "n", "difference", "verdict"]]
+    for (preset, epochs, used), own in by(runs, "preset", "epochs", "used").items():
+        four, one = ({rate: seeds[0]["row"] for (rate,), seeds in by(
+            [run for run in own if run["lam"] == lam and run["strategy"] == "base"
+             and run["subset"] == used and "stage" not in run], "lr").items()} for lam in (4, 1))
+        if not four or not one:
+            continue
+        best = tuple(max(rates, key=lambda rate: np.mean(values(rates[rate], "linear")))
+                     for rates in (four, one))
+        tried = len(four) + len(one) > 2
+        pairs = sorted({(rate, rate) for rate in four if rate in one} | {best})
+        for pair in pairs:
+            names = four[pair[0]], one[pair[1]]
+            kind = ", best of each" if tried and pair == best else ""
+            rows.append([preset + ("" if used == "full" else f", {NAMES[used]}"), f"{epochs:g}",
+                         f"{pair[0]:g}, {pair[1]:g}{kind}",
+                         ", ".join(str(len(row(name))) for name in names),
+                         compared(*names, "linear"), verdict_of(*names, "linear")])
     return rows
 
 
@@ -437,10 +464,25 @@ def loss_figures():
     """Balanced minus NT-Xent over the 16 cells of the grid, seed 0."""
     pairs = [by(grid_runs(loss), "alpha", "lam") for loss in LOSSES]
     apart = [pairs[0][cell][0]["linear"] - pairs[1][cell][0]["linear"] for cell in pairs[1]]
-    sd = np.std(apart, ddof=1)
-    half = half_width(sd, len(apart) - 1, len(apart))
-    return {"loss/mean": show_interval(np.mean(apart), half), "loss/sd": number(sd),
-            "loss/cells": str(len(apart)), "loss/verdict": verdict(np.mean(apart), half)}
+    found = {"loss/cells": str(len(apart)), "loss/sd": number(np.std(apart, ddof=1))}
+    ones = [y for y, (_, lam) in zip(apart, pairs[1]) if lam == 1]
+    for name, cells in (("loss", apart), ("loss/one", ones)):
+        mean = np.mean(cells)
+        half = half_width(np.std(cells, ddof=1), len(cells) - 1, len(cells))
+        found[name if "/" in name else f"{name}/mean"] = show_interval(mean, half)
+        found[f"{name}/verdict"] = verdict(mean, half)
+    return found
+
+
+def gain_figures():
+    """V's lead of λ = 4 over λ = 1 minus that of VS, by Welch: each preset has its own SD."""
+    gains, parts = [], []
+    for pair in (("val-a2-l4-lr0.8", "val-a2-l1-lr0.8"),
+                 ("strong-lr0.03-a2-l4", "strong-lr0.1-a2-l1")):
+        gains.append(difference(*pair, "linear")[0])
+        sd, freedom = spread(pair[0], "linear")
+        parts.append((sd ** 2 * sum(1 / len(row(name)) for name in pair), freedom))
+    return {"gain/difference": show_interval(gains[0] - gains[1], welch_half_width(*parts))}
 
 
 def bias_figures():
@@ -491,6 +533,11 @@ def paper_figures():
              "paper/colder": number(ntxent[3, 0] - ntxent[1, 0]),
              "paper/8-4": number(balanced[3, 2] - ntxent[3, 2])}
     found |= {f"quoted/{name}": figure for name, figure in HEADER["quoted"].items()}
+    found["quoted/sd"] = HEADER["quoted"]["cifar10-linear"].split(" ± ")[1]
+    found["ledger/torch"] = HEADER["versions"]["torch"]
+    found["ledger/torch-after"] = re.search(r"torch ([\d.]+)", HEADER["N"])[1]
+    found["assumption/holds"] = number(100 - np.mean(
+        [run["violated"] for run in row("balanced-a2-l4") if "violated" in run]))
     return found
 
 
@@ -531,9 +578,9 @@ def protocol_figures():
 
 @functools.cache
 def derived():
-    return {**question_figures(), **product_figures(), **loss_figures(), **bias_figures(),
-            **theorem_figures(), **validation_figures(), **paper_figures(), **subset_figures(),
-            **nscl_figures(), **protocol_figures()}
+    return {**question_figures(), **product_figures(), **loss_figures(), **gain_figures(),
+            **bias_figures(), **theorem_figures(), **validation_figures(), **paper_figures(),
+            **subset_figures(), **nscl_figures(), **protocol_figures()}
 
 
 # ------------------------------------------ the paper, item by item --------------------------
@@ -550,7 +597,7 @@ def item_rows():
 
 TABLES = {
     **{name: functools.partial(rows_of, name) for name in ROW_TABLES},
-    "main": main_rows, "own": own_rows, "A1": validation_rows,
+    "main": main_rows, "own": own_rows, "leads": lead_rows, "A1": validation_rows,
     **{stage: functools.partial(stage_rows, stage) for stage in ("A2", "A3", "B")},
     "validation": functools.partial(preset_rates, "V"),
     "strong": functools.partial(preset_rates, "VS"), "board": board_rows, "speed": speed_rows,

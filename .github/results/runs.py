@@ -54,7 +54,7 @@ def read(line, presets):
     if "views" in run:
         run["views_percent"] = 100 * run["views"] / PAPER["views"]
     if run.get("views") and run.get("preset") in HEADER["gflop per view"]:
-        run.setdefault("pflop", run["views"] * HEADER["gflop per view"][run["preset"]] / 1e6)
+        run["pflop"] = run["views"] * HEADER["gflop per view"][run["preset"]] / 1e6
     if "pflop" in run:
         run["pflop_percent"] = 100 * run["pflop"] / PAPER["pflop"]
     if "bias" in run:

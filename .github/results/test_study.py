@@ -41,7 +41,7 @@ def generator(seed):
 def untouched(monkeypatch):
     """What `study.py train` changes in balcon is put back."""
     losses = dict(balcon.LOSSES)
-    choices = list(balcon.FLAG["loss"][2])
+    choices = list(balcon.SETTINGS["loss"][2])
     monkeypatch.setattr(balcon, "build_encoder", balcon.build_encoder)
     monkeypatch.setattr(balcon.Images, "batches", balcon.Images.batches)
     monkeypatch.setattr(objectives.Batch, "views", 2)
@@ -50,7 +50,7 @@ def untouched(monkeypatch):
     yield
     balcon.LOSSES.clear()
     balcon.LOSSES.update(losses)
-    balcon.FLAG["loss"][2][:] = choices
+    balcon.SETTINGS["loss"][2][:] = choices
 
 
 # ------------------------------------------ statistics ----------------------------------------
@@ -223,7 +223,7 @@ def test_a_run_is_trained_again_by_a_command():
     assert "pixels" not in runs.command("pixels").split(" pixels ", 1)[1]
 
 
-@pytest.mark.parametrize("preset", ["R", "V", "HS"])
+@pytest.mark.parametrize("preset", ["R", "V", "H", "HS"])
 def test_compute_is_that_of_the_presets_network(preset):
     cfg = balcon.parse_flags(runs.HEADER["presets"][preset].split())
     flop = benchmark.flop_of_a_view(balcon.build_encoder(cfg, CPU), cfg, CPU)
@@ -296,12 +296,13 @@ def test_a_template_that_names_what_is_not_there_fails_with_its_name(
 def test_figures_in_the_templates_are_settings_or_placeholders():
     settings = {"0.1", "0.2", "0.4", "0.8", "1.6", "0.05", "0.0101",  # rates, criterion, example
                 "1.1", "1.5", "1.8", "2.5", "3.3",  # margins, old thresholds, 1902.00423's figure
-                "3.10", "3.14", "2.14", "12.85", "2510.10572"}  # versions, CIFAR-10's floor, the paper
+                "84.0", "84.8",  # lightly's benchmark of CIFAR-10
+                "3.10", "3.14", "2.14", "12.85", "2510.10572"}  # versions, a floor, the paper
     for template in page.PAGES:
         text = (HERE / template).read_text(encoding="utf8")
         for pattern in (page.PLACEHOLDER.pattern, r"(?m:^ {4}.*$)", r"`[^`\n]*`", r"\]\([^)]*\)",
-                        r"(Theorem|Assumption|PyTorch|arXiv|A)[ .][\d.]+(, [\d.]+)*"
-                        r"( and [\d.]+)?"):
+                        r"(Theorem|Assumption|arXiv|A|§)[ .]?[\d.]+(, [\d.]+)*"
+                        r"( and [\d.]+)?", r"[\d.]+ GB"):  # memory is not a figure of runs.jsonl
             text = re.sub(pattern, "", text)
         assert set(re.findall(r"\d+\.\d+", text)) <= settings
 
@@ -331,6 +332,11 @@ def test_figures_of_the_page_by_other_means():
     for n in (6, 5):
         r = statistics.correlation(bias[:n], accuracy[:n])
         assert found[f"eq51/linear/{n}"] == f"{r:.2f}".replace("-", "−")
+
+    ones = apart[::4]  # λ = 1
+    half = 3.1824 * statistics.stdev(ones) / 2
+    assert found["loss/one"] == page.show_interval(statistics.mean(ones), half)
+    assert found["loss/one/verdict"] == "open"
 
     tail = [np.mean(list(figures_of(f"sub-untrained-{kind}").values())) for kind in ("uni", "lt")]
     assert found["gap/untrained"] == f"{tail[0] - tail[1]:.2f}"
@@ -420,6 +426,30 @@ def test_more_figures_of_the_page_by_other_means():
     assert found["p/knn"] == text_of(max(grids), 3)
 
 
+def test_the_gain_of_lambda_depends_on_the_recipe():
+    gains = [np.mean([figure for name in names for figure in figures_of(name).values()])
+             for names in (["val-a2-l4-lr0.8"], ["val-a2-l1-lr0.8"], ["strong-lr0.03-a2-l4"],
+                           ["strong-lr0.1-a2-l1"])]
+    gain = gains[0] - gains[1] - (gains[2] - gains[3])
+    assert page.derived()["gain/difference"].startswith(f"{gain:.2f} [")
+    assert stats.welch_half_width((3, 5), (1, 5)) == pytest.approx(2 * stats.t_quantile(8), 1e-6)
+    assert stats.welch_half_width((4, 9), (1e-9, 1)) == pytest.approx(2 * 2.2622, 1e-4)
+
+
+def test_leads_of_lambda_are_all_there():
+    head, *rows = page.lead_rows()
+    assert head[0] == "preset" and len({tuple(cells[:3]) for cells in rows}) == len(rows)
+    found = {(*cells[:2], cells[2].removesuffix(", best of each")): cells[4] for cells in rows}
+    rates = {lam: {line["argv"].split("--lr ")[1] for line in LINES if line.get("preset") == "V"
+                   and re.fullmatch(rf"val-a2-l{lam}-lr[\d.]+-s0", line["id"])} for lam in (1, 4)}
+    common = {("V", "12", f"{rate}, {rate}") for rate in rates[1] & rates[4]}
+    assert len(common) == 4 and common <= set(found)
+    for rate, start in (("0.1", ""), ("0.2", "lr0.2-"), ("0.4", "lr0.4-")):
+        four, one = (np.mean(list(figures_of(f"{start}balanced-a2-l{lam}").values()))
+                     for lam in (4, 1))
+        assert found["R", "12", f"{rate}, {rate}"].startswith(f"{four - one:.2f} [")
+
+
 def test_the_p_of_a_difference_is_that_of_its_t():
     names = "four-balanced-a2-l4", "four-ntxent-a8-l1"
     apart, half = runs.difference(*names, "linear")
@@ -461,7 +491,12 @@ def test_an_item_has_code_and_a_command_or_a_run(item):
         check_command(item["command"])
     for name in item["runs"]:
         runs.row(name)
-    assert item["verdict"] in ("agrees", "conflicts", "not tested at scale", "no claim")
+    assert item["verdict"] in ("agrees", "conflicts", "not run", "not tested at scale",
+                               "no claim")
+    legend = (HERE / "RESULTS.template.md").read_text(encoding="utf8")
+    assert f"*{item['verdict']}*" in legend
+    if item["verdict"] in ("not run", "not tested at scale"):
+        assert bool(item["runs"]) == (item["verdict"] == "not tested at scale")
     if item["verdict"] in ("agrees", "conflicts"):
         assert item["runs"] or item["command"].startswith("pytest")
     for name in page.PLACEHOLDER.findall(item["here"]):
