@@ -950,7 +950,9 @@ def run(cfg):
     check_same_run(cfg)
     encoder = build_encoder(cfg, device)
     train, test = load_data(cfg, device)
-    cfg.images = digest([x for data in (train, test) if data for x in (data.names, data.labels)])
+    cfg.images = digest([train.names, train.labels])
+    if test:
+        cfg.images += digest([test.names, test.labels])
     bank = train  # what is searched, and what classifiers learn from
     if (train.labels < 0).any() and (train.labels >= 0).any():
         bank = train.select((train.labels >= 0).nonzero().squeeze(1))
@@ -1070,14 +1072,13 @@ def conclude(results, cfg):
     for stage, column in columns.items():
         for name in cfg.eval:
             column |= results[stage].get(name, {})
-    rows = [(f"kNN, k = {k}, top-1 accuracy, %", f"knn{k}") for k in cfg.k]
-    rows += [(meaning, name) for name, meaning in MEANINGS.items()]
-    rows = [(meaning, [column.get(name, math.nan) for column in columns.values()])
-            for meaning, name in rows if any(name in column for column in columns.values())]
-    if rows:
+    meanings = {f"knn{k}": f"kNN, k = {k}, top-1 accuracy, %" for k in cfg.k} | MEANINGS
+    if any(columns.values()):
         say(" " * 52 + "".join(f"{stage:>12}" for stage in columns))
-    for meaning, values in rows:
-        say(f"{meaning:52}" + "".join(f"{value:12.4g}" for value in values))
+    for name, meaning in meanings.items():
+        values = [column.get(name, math.nan) for column in columns.values()]
+        if not all(map(math.isnan, values)):
+            say(f"{meaning:52}" + "".join(f"{value:12.4g}" for value in values))
     if rank() == 0:
         say(f"{cfg.out} holds {', '.join(sorted(path.name for path in cfg.out.iterdir()))}")
     own = recipe_of("patterns") | {"seed": cfg.seed}
@@ -1404,10 +1405,13 @@ def load_backbone(path, backbone):
     # "module.encoder_q.layer1.0.conv1.weight" has a prefix; "backbone.4.0.conv1.weight", of
     # nn.Sequential(*resnet.children()), numbers in place of names, too.
     numbers = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-    places = [(key.removesuffix(mark), names) for mark, names in
-              (("layer1.0.conv1.weight", {}), ("4.0.conv1.weight", numbers))
-              for key in given if key.endswith(mark)]
-    prefix, names = places[0] if places else ("", {})
+    named = [key for key in given if key.endswith("layer1.0.conv1.weight")]
+    numbered = [key for key in given if key.endswith("4.0.conv1.weight")]
+    prefix, names = "", {}
+    if named:
+        prefix = named[0].removesuffix("layer1.0.conv1.weight")
+    elif numbered:
+        prefix, names = numbered[0].removesuffix("4.0.conv1.weight"), numbers
     own, fits = backbone.state_dict(), {}
     for key, weight in given.items():
         first, _, rest = key.removeprefix(prefix).partition(".")
@@ -1868,8 +1872,9 @@ def neighbors(backbone, extracted, bank, test, cfg):
         features = extract(backbone, bank.select(searched), cfg)
     query_features = extract(backbone, asked.select(queries), cfg)
     near = searched[nearest(features, query_features, min(9, len(searched))).cpu()]  # [q, 9]
-    found = [[row for row in candidates if test or row != query][:8]
-             for query, candidates in zip(queries.tolist(), near.tolist())]
+    found = []
+    for query, candidates in zip(queries.tolist(), near.tolist()):
+        found.append([row for row in candidates if test or row != query][:8])
     return {"queries": queries.tolist(), "rows": found}
 
 
