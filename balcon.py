@@ -218,7 +218,7 @@ def turn_hue(x, turn):
     hue = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
     hue = torch.where(value == red, green - blue, hue) / chroma.clamp(min=1e-12)
     # Back to RGB: a channel is brightest where the hue is within 1 of its own, and darkest from a
-    # distance of 2 on. 3 − |difference − 3| is the distance on the circle: 5 sixths are 1.
+    # distance of 2 on. 3 − |difference − 3| is the distance on the circle: a difference of 5 is 1.
     own_hue = torch.arange(0, 6, 2, device=x.device)[:, None, None]
     difference = (hue + (6 * turn - own_hue)).abs()  # [n, 3, H, W]
     return value - chroma * (2 - (difference - 3).abs()).clamp_(0, 1)
@@ -346,7 +346,7 @@ class Images:
     lies in the upper left corner.
 
     shapes: [N, 2], height and width; labels: [N], −1 if unknown; names: [N]. On the CPU.
-    Without views, an image's central square is resized to `size`; None leaves it as it is.
+    Without views an image's central square is resized to `size`; if `size` is None, nothing is.
     """
     device = torch.device("cpu")
 
@@ -378,14 +378,14 @@ class Images:
 
         x: [n·b, 3, size, size], normalised. It holds n views of each of this rank's b images,
         first the first view of all, then the second. Without `views` it holds the b images. With
-        one_t all views have the same t.
+        one_t all views of all batches have the same t.
         """
         def request(step, rows):
             m = len(rows)
             own = torch.arange(m)[rank_share(m)]  # [b]: places of this rank's images in `rows`
             if one_t:
                 return step, rows[own], Draw(key, 1, torch.zeros(n * len(own)).long())
-            places = (m * torch.arange(n)[:, None] + own).flatten()  # [n·b]: places among n·m views
+            places = (m * torch.arange(n)[:, None] + own).flatten()  # [n·b]: view v of i is v·m + i
             return step, rows[own], Draw((*key, step), n * m, places)
 
         mean, std = to_device(torch.tensor([MEAN, STD]), self.device)[..., None, None]
@@ -698,9 +698,11 @@ def bounds(encoder, train, cfg):
     """How tight Theorems 4.4 (K views) and 4.6 (one view of each image as bank) are: mean gaps,
     right minus left side (A.4.5, Fig. 6), and the share of images where a bound fails.
 
-    attract, repel: Eq. 8, Eq. 10. printed: Eq. 10 as it is printed, with one t′ for the whole bank
-    and then the mean of B over K draws of t′. angle: between f(t(x)) and the mean view, at most
-    90° by Assumption 4.3. nu: ν. b_negative: how often B < 0. (Eq. 17's λ is Eq. 2's over ν.)
+    attract_gap, attract_fails    Eq. 8, Theorem 4.4
+    repel_gap, repel_fails        Eq. 10, Theorem 4.6, with a t′ of its own for each bank image
+    printed_gap, printed_fails    Eq. 10 as printed: one t′ for the whole bank, B's mean over K t′
+    angle, angle_over_90          between f(t(x)) and the mean view; Assumption 4.3: at most 90°
+    nu, b, b_negative             ν, into which λ goes: λ of Eq. 17 is λ of Eq. 2 over ν; B; B < 0
     """
     data, labels = theory_images(train, cfg)
     anchor = embed(encoder, data, cfg, "anchors")[0][:, 0]
@@ -857,7 +859,9 @@ def parse_flags(argv=None):
         refuse(f"{first.checkpoint} is no checkpoint of this version; --init takes its weights")
     dataset = first.dataset or saved.get("dataset", "patterns")
     require_one_of(RECIPES, dataset, f"--dataset {dataset} is unknown")
-    foreign = ["init"] if dataset == saved.get("dataset") else ["init", "limit", "subset"]
+    foreign = ["init"]  # the weights that the checkpoint began with
+    if dataset != saved.get("dataset"):
+        foreign += ["limit", "subset"]  # of the checkpoint's own images
     saved = {name: value for name, value in saved.items() if name not in foreign}
     parser.set_defaults(**recipe_of(dataset) | saved | {"dataset": dataset})
     parser.add_argument("-h", "--help", action="help", help="show this")
@@ -971,6 +975,8 @@ def run(cfg):
         pretrain(encoder, train, cfg)
     stage = "trained" if trains or cfg.checkpoint else "untrained"
     features = evaluate(stage, encoder, bank, test, wanted, results, cfg)
+    if not cfg.baseline or not trains:  # of other stages only old figures are there
+        results = {stage: results[stage]}
     draw_neighbors(bank, test, results, cfg)
     if cfg.export:
         export(cfg.export, features, [bank, test] if test else [bank])
@@ -982,6 +988,8 @@ def run(cfg):
 
 def possible_evaluations(cfg, train, bank, test):
     """Those of --eval that the images allow. Refuses what would fail late."""
+    if len(train) < 2:
+        refuse(f"there is only one training image in {cfg.data}")
     steps = len(train) // cfg.batch_size * cfg.epochs
     if cfg.epochs and not cfg.checkpoint:
         if not steps:
@@ -1786,7 +1794,7 @@ def long_tailed_counts(classes, total, largest=1280, smallest=5, shape=6):
     return np.diff(sizes.cumsum().round().astype(int), prepend=0).tolist()  # integers, same sum
 
 
-PATTERNS = {  # kinds of pattern, by two coordinates u, v and a distance r; a period is 2π
+PATTERNS = {  # kinds of pattern, by two coordinates u, v and a distance r
     "stripes": lambda u, v, r: u.sin(),
     "checks": lambda u, v, r: u.sin() * v.sin(),
     "dots": lambda u, v, r: u.cos() + v.cos() - 0.8,
@@ -1858,7 +1866,7 @@ def draw_views(data, cfg):
 
 def neighbors(backbone, extracted, bank, test, cfg):
     """For 8 test images, or training images if there are none, the rows of their 8 nearest
-    training images. Searches among 5,000 of these, unless all their features are there.
+    training images. Searches all of them if their features were extracted before, else 5,000.
 
     extracted: {images: features} of those that were extracted before.
     """

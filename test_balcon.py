@@ -1666,6 +1666,12 @@ def test_the_demonstration_fails_unless_it_leaves_less_than_a_quarter_of_the_err
     assert ("FAILED" in screen) == (code == 1)
 
 
+def test_old_figures_of_another_stage_are_not_shown_beside_those_of_a_run(run_here, tmp_path):
+    assert run_here(*SMALL, "--epochs", "0", "--seed", "1", "--out", tmp_path)[0] == 0
+    code, screen, _ = run_here(*SMALL, "--epochs", "1", "--out", tmp_path)
+    assert code == 0 and " trained" in screen and "untrained" not in screen
+
+
 def test_the_table_names_its_figures(tmp_path, capsys):
     results = {}
     for shift, stage in ((0, "untrained"), (100, "trained")):
