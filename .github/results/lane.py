@@ -1,9 +1,10 @@
 """The runs of QUESTIONS.md, in their order, on one thread. The same command goes on after a kill.
 
-    python .github/results/lane.py CLONE DATA OUT     # CLONE: balcon at the frozen commit
+    python .github/results/lane.py CLONE DATA OUT     # A and B; CLONE: balcon at the frozen commit
+    python .github/results/lane.py CLONE DATA OUT C   # C, whose frozen commit is another
 
-DATA holds cifar10/ and cifar10-val/ (made here) as class folders; OUT gets a folder for each run
-and rows.jsonl. Several lanes may share OUT.
+DATA holds cifar10/ and cifar10-val/ (made here) as class folders, for C cifar100/, too; OUT gets a
+folder for each run and rows.jsonl. Several lanes may share OUT.
 """
 import fcntl
 import json
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import question_c
 
 FROZEN = "4f0682200393e8a1d871a743be3a79475af8d190"
 H = ("--dataset cifar10 --backbone resnet8 --size 12 --stem cifar --batch-size 256 "
@@ -80,6 +83,7 @@ def plan(rows):
     runs += [run_of("A2", *pair, seed, 4) for seed in range(3) for pair in checks]
     twenty = [run_of("A3", *pair, seed, 20) for seed in range(3)
               for pair in ((simclr, simclr_rate), (balanced, balanced_rate))]
+    twenty[1]["argv"] += " --save-every 2"  # for Fig. 6
     b = [run_of("B", (loss, 8, 4), rate, 0, 20, " --save-every 2")
          for rate in (0.4, 0.2) for loss in ("ntxent", "balanced")]
     return [run for run in runs + twenty[:2] + b + twenty[2:] if run["id"] not in rows]
@@ -105,38 +109,52 @@ def read_rows(out):
     return {row["id"]: row for row in map(json.loads, lines)}
 
 
-def train(run, clone, data, out):
-    flags, images = PRESETS[run["preset"]]
+def command(run):
+    """What trains it, without data and run directory."""
+    flags = f"{PRESETS[run['preset']][0]} {run['argv']} --workers 0"
+    return ["balcon.py", *flags.split()]
+
+
+def figures(results):
+    """Those of results.json that a row holds."""
+    found = results["trained"]["knn"] | results["trained"]["linear"]
+    return {"pflop": None, "seconds": results["seconds"],
+            **{name: round(value, 2) for name, value in found.items()}}
+
+
+def train(run, clone, data, out, question):
+    images = question.PRESETS[run["preset"]][1]
     folder, started = out / run["id"], time.time()
-    command = [sys.executable, "balcon.py", *flags.split(), *run["argv"].split(), "--seed",
-               str(run["seed"]), "--data", str(data / images), "--out", str(folder),
-               "--workers", "0"]
+    words = [sys.executable, *question.command(run), "--seed", str(run["seed"]), "--data",
+             str(data / images), "--out", str(folder)]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "screen.txt", "a") as screen:
-        subprocess.run(command, cwd=clone, stdout=screen, stderr=screen, check=True,
+        subprocess.run(words, cwd=clone, stdout=screen, stderr=screen, check=True,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})
-    results = json.loads((folder / "results.json").read_text())
     log = [json.loads(line) for line in open(folder / "log.jsonl")]
     views = 2 * 256 * log[-1]["step"]
-    figures = results["trained"]["knn"] | results["trained"]["linear"]
-    above_floor = {}
+    row = {**run, "git": question.FROZEN[:7], "steps": log[-1]["step"], "views": views,
+           "minutes_with_evaluation": round((time.time() - started) / 60, 1),
+           **question.figures(json.loads((folder / "results.json").read_text()))}
+    row.setdefault("seconds", round(log[-1].get("seconds", 0), 1))
+    if "pflop" in row:
+        row["pflop"] = round(views * PFLOP_PER_VIEW, 4)
     if "above_floor" in log[-1]:
-        above_floor["above_floor"] = round(log[-1]["above_floor"], 4)
-    return {**run, "git": FROZEN[:7], "steps": log[-1]["step"], "views": views,
-            "pflop": round(views * PFLOP_PER_VIEW, 4), "seconds": results["seconds"],
-            "minutes_with_evaluation": round((time.time() - started) / 60, 1),
-            **{name: round(value, 2) for name, value in figures.items()}, **above_floor}
+        row["above_floor"] = round(log[-1]["above_floor"], 4)
+    return row
 
 
-def main(clone, data, out):
+def main(clone, data, out, question="A"):
+    clone, data, out = map(Path, (clone, data, out))
+    question = {"A": sys.modules[__name__], "C": question_c}[question]
     head = subprocess.run("git describe --always --abbrev=40 --dirty", shell=True, cwd=clone,
                           capture_output=True, text=True).stdout.strip()
-    if head != FROZEN:
-        sys.exit(f"{clone} is at {head or 'no commit'}, and the questions are for {FROZEN}")
+    if head != question.FROZEN:
+        sys.exit(f"{clone} is at {head or 'no commit'}, and the question is for {question.FROZEN}")
     split_validation(data)
     out.mkdir(parents=True, exist_ok=True)
     while True:
-        for run in plan(read_rows(out)):
+        for run in question.plan(read_rows(out)):
             lock = open(out / f"{run['id']}.lock", "w")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,15 +162,15 @@ def main(clone, data, out):
                 continue
             if run["id"] in read_rows(out):
                 continue
-            row = train(run, clone, data, out)
+            row = train(run, clone, data, out, question)
             with open(out / "rows.jsonl", "a") as rows:
                 rows.write(json.dumps(row) + "\n")
             break
         else:
-            if not plan(read_rows(out)):
+            if not question.plan(read_rows(out)):
                 break
             time.sleep(30)  # the other lane has the last runs of this stage
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(*sys.argv[1:])
