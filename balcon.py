@@ -478,6 +478,11 @@ def pretrain(encoder, train, cfg):
 
 
 # ----------------------------------------- evaluation -------------------------------------
+def by_parts(network, x):
+    """network(x) in evaluation. A CPU is faster on parts that its cache holds."""
+    return torch.cat([network(part) for part in x.split(64 if x.device.type == "cpu" else 512)])
+
+
 @torch.no_grad()
 def extract(backbone, data, cfg):
     """Features [N, d] float32 of the plain images, on every rank."""
@@ -486,7 +491,7 @@ def extract(backbone, data, cfg):
     features = None
     for step, x in progress("features", data.batches(enumerate(batches)), len(batches)):
         with autocast(data.device, cfg):
-            x = backbone(x).float()
+            x = by_parts(backbone, x).float()
         rows = batches[step]
         if features is None:
             features = x.new_empty(len(data), x.shape[1])
@@ -562,7 +567,7 @@ def train_on_crops(backbone, width, train, cfg):
         stage = f"linear classifier, epoch {epoch + 1} of {cfg.probe_epochs}:"
         for step, x in progress(stage, batches, per_epoch):
             with torch.no_grad(), autocast(train.device, cfg):
-                features = torch.cat([backbone(part).float() for part in x.split(512)])
+                features = by_parts(backbone, x).float()
             labels = train.labels[rows[step]]
             logits = classifier(gather_rows(features, len(labels)))
             loss = F.cross_entropy(logits, to_device(labels, x.device))
@@ -593,7 +598,7 @@ def embed(encoder, data, cfg, name, n=1, groups=1, one_t=False):
     views = data.batches(enumerate(batches), cfg.views, n, (cfg.seed, name), one_t)
     spaces = [], [], []
     for step, x in progress(f"theory, {name}", views, len(batches)):
-        features = encoder.backbone(x)
+        features = by_parts(encoder.backbone, x)
         raw = encoder.projector(features)
         for space, z in zip(spaces, (F.normalize(raw, dim=1), raw, features)):
             z = z.unflatten(0, (groups, n // groups, -1))  # [groups, views, b, d]

@@ -3,7 +3,9 @@
 It writes nothing, and ends within a minute: the images are few, and rounds are made for a time.
 """
 import itertools
+import subprocess
 import time
+from pathlib import Path
 
 import balcon
 import numpy as np
@@ -16,6 +18,11 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 16
         "V100": 125e12}  # FLOP/s in bfloat16 (V100: float16), dense, by the data sheets
 START = time.perf_counter()
 SAMPLE = 2048  # images in memory; the time of a step does not depend on how many there are
+
+
+def commit():
+    return subprocess.run("git describe --always --dirty=+", shell=True, cwd=Path(__file__).parent,
+                          capture_output=True, text=True).stdout.strip()
 
 
 def images_to_time(cfg, device):

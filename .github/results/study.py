@@ -27,7 +27,8 @@ from objectives import nscl_loss  # noqa: E402
 __all__ = ["main", "nscl_loss"]
 MODULES = {"tables": "page", "figures": "figures", "report": "report", "measure": "instruments",
            "train": "objectives", "pixels": "instruments", "picture": "instruments",
-           "benchmark": "benchmark", "command": "runs", "merge": "runs"}
+           "benchmark": "benchmark", "versus": "versus", "costs": "costs",
+           "command": "runs", "merge": "runs"}
 
 
 def main(name="", *rest):
