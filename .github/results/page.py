@@ -169,6 +169,14 @@ def speed_rows():
     return kind_rows("speed", {"": "label", "ratio": "ratio", "commit": "git"})
 
 
+def cost_rows():
+    rows = [["one thread", "ms", "peak, MB; gradients' average, ms"]]
+    for run in select(kind="cost"):
+        other = run.get("mb", run.get("average_ms"))
+        rows.append([run["label"], f"{run['ms']:g}", "–" if other is None else f"{other:g}"])
+    return rows
+
+
 def bounds_rows():
     rows = [["epoch", "gap of Eq. 8", "gap of Eq. 10", "mean ν", "B", "Eq. 8 violated, %"]]
     measured = values("long-balanced", "bounds")[0]
@@ -563,6 +571,13 @@ def nscl_figures():
     return found
 
 
+def cost_figures():
+    """ImageNet's 1,281,167 images for 100 epochs, in 2.5 days on 8 GPUs, beside a core's rate."""
+    ms = values("cost-photographs", "ms")[0]
+    return {"cost/photographs": number(1000 / ms, 0), "cost/cores": number(1250 * ms / 1000, 0),
+            "cost/paper": number(1_281_167 * 100 / (2.5 * 86_400) / 8, 0)}
+
+
 def protocol_figures():
     trained = [run for run in RUNS if run.get("steps")]
     measured = values("long-balanced", "bounds")[0]
@@ -580,7 +595,8 @@ def protocol_figures():
 def derived():
     return {**question_figures(), **product_figures(), **loss_figures(), **gain_figures(),
             **bias_figures(), **theorem_figures(), **validation_figures(), **paper_figures(),
-            **subset_figures(), **nscl_figures(), **protocol_figures()}
+            **subset_figures(), **nscl_figures(), **protocol_figures(),
+            **cost_figures()}
 
 
 # ------------------------------------------ the paper, item by item --------------------------
@@ -601,5 +617,6 @@ TABLES = {
     **{stage: functools.partial(stage_rows, stage) for stage in ("A2", "A3", "B")},
     "validation": functools.partial(preset_rates, "V"),
     "strong": functools.partial(preset_rates, "VS"), "board": board_rows, "speed": speed_rows,
+    "cost": cost_rows,
     "product": product_rows, "models": model_rows, "bounds": bounds_rows, "nscl": nscl_rows,
     "items": item_rows}

@@ -9,6 +9,8 @@
     python .github/results/study.py pixels [flags of balcon.py]          # the control of raw pixels
     python .github/results/study.py picture BEFORE/neighbors.png AFTER/neighbors.png
     python .github/results/study.py benchmark [flags of balcon.py]       # where a step's time goes
+    python .github/results/study.py versus [flags of balcon.py]          # beside other libraries
+    python .github/results/study.py costs [--data PHOTOGRAPHS]           # cost as the work grows
     python .github/results/study.py command RUN       # what trains a run of runs.jsonl again
     python .github/results/study.py merge ROWS.jsonl  # append the lane's new rows to runs.jsonl
 

@@ -5,6 +5,7 @@ import math
 import re
 import statistics
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,18 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import balcon  # noqa: E402
 import benchmark  # noqa: E402
+import costs  # noqa: E402
 import figures  # noqa: E402
 import instruments  # noqa: E402
+import lane  # noqa: E402
 import objectives  # noqa: E402
 import page  # noqa: E402
+import question_c  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
 import stats  # noqa: E402
 import study  # noqa: E402
+import versus  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -582,6 +587,85 @@ def test_the_answer_is_the_verdict_on_the_finalists_of_a2_and_a3(with_rows):
     assert points["balanced (2, 4)"][0] == 64 and points["SimCLR, τ = 1/8"][0] == 61
 
 
+def planned(rows):
+    return [run["id"] for run in question_c.plan(rows)]
+
+
+def test_question_c_extends_rates_until_the_best_is_interior_and_then_adds_seeds():
+    assert planned({})[:3] == [f"C-balanced-a2-l4-lr{rate}-s0" for rate in ("0.8", "0.4", "1.6")]
+    assert not any(name.endswith("-s1") or name.startswith("C4") for name in planned({}))
+    rows = {f"C-balanced-a2-l4-lr{rate}-s0": {"linear": y}
+            for rate, y in (("0.4", 50), ("0.8", 51), ("1.6", 52))}
+    own = [name for name in planned(rows) if "balanced-a2-l4" in name]
+    assert own == ["C-balanced-a2-l4-lr3.2-s0"]
+    rows["C-balanced-a2-l4-lr3.2-s0"] = {"linear": 49}
+    own = [name for name in planned(rows) if "balanced-a2-l4" in name]
+    assert own == ["C-balanced-a2-l4-lr1.6-s1", "C-balanced-a2-l4-lr1.6-s2"]
+    assert sum(name.startswith("C4-") for name in planned(rows)) == 12
+    assert all("--lr 1.6" in run["argv"] for run in question_c.plan(rows)
+               if run["stage"] == "C4")  # the rate of question C2
+    rows["C-balanced-a2-l4-lr1.6-s1"] = {"linear": 90}  # seeds do not choose rates
+    assert "C-balanced-a2-l4-lr1.6-s2" in planned(rows)
+
+
+def test_commands_of_question_c_are_balcons_or_the_studys():
+    for run in [run for rows in ({}, {f"C-balanced-a2-l4-lr{rate}-s0": {"linear": -abs(rate - 0.8)}
+                                      for rate in (0.4, 0.8, 1.6)}) for run in
+                question_c.plan(rows)]:
+        program, *words = question_c.command(run)
+        if program == "balcon.py":
+            flags = words
+        else:
+            objective = words[1]
+            assert words[0] == "train" and objective in objectives.LOSSES
+            flags = ["--loss", objective, *words[2:]]
+            objectives.register_losses()
+        cfg = balcon.parse_flags(flags)
+        balcon.check_settings(cfg)
+        assert (cfg.probe, cfg.batch_size * cfg.epochs // 12 * (2 if cfg.epochs == 6 else 1)) == (
+            "features", 256 if cfg.epochs == 12 else 128)
+        if run["stage"] == "C4":
+            assert cfg.dataset == "cifar100" and {"bias", "bounds"} < set(cfg.eval)
+            assert ("gaussian_blur" in cfg.views.names) == ("C4-blur" not in run["id"])
+        else:
+            assert run["id"].startswith(f"C-{cfg.loss}-a{cfg.alpha:g}-l{cfg.lam:g}-lr{cfg.lr:g}-")
+
+
+def test_the_lane_trains_its_runs_at_their_commit_only(tmp_path, monkeypatch):
+    (tmp_path / "cifar10").mkdir()
+    monkeypatch.setattr(lane.subprocess, "run",
+                        lambda *_, **__: types.SimpleNamespace(stdout="abc-dirty\n"))
+    for question, frozen in (("A", lane.FROZEN), ("C", question_c.FROZEN)):
+        with pytest.raises(SystemExit, match=f"is at abc-dirty, .* {frozen}"):
+            lane.main(tmp_path, tmp_path, tmp_path / "out", question)
+
+
+@pytest.mark.parametrize("question", [lane, question_c])
+def test_a_row_of_the_lane_holds_the_runs_figures(question, tmp_path, monkeypatch):
+    old = question is lane
+    run = next(iter(question.plan({})))
+    found = {"knn": {"knn1": 1.234, "knn10": 2.0}, "linear": {"linear": 3.0}}
+    if not old:
+        found = {name: {"settings": {}, **figure} for name, figure in found.items()}
+        found["bounds"] = {"settings": {}, "nu": 0.25}
+
+    def trained(words, cwd, **_):
+        out = Path(words[words.index("--out") + 1])
+        assert cwd == "clone" and words[1] == "balcon.py" and str(run["seed"]) in words
+        assert words[words.index("--data") + 1] == str(tmp_path / "cifar10-val")
+        (out / "log.jsonl").write_text('{"config": 0}\n{"step": 228, "seconds": 7.04}\n')
+        (out / "results.json").write_text(json.dumps({"trained": found, "seconds": 9.0}))
+
+    monkeypatch.setattr(lane.subprocess, "run", trained)
+    row = lane.train(run, "clone", tmp_path, tmp_path, question)
+    assert row["views"] == 2 * 256 * 228 and (row["knn1"], row["linear"]) == (1.23, 3)
+    assert row["seconds"] == (9 if old else 7) and row["git"] == question.FROZEN[:7]
+    if old:
+        assert row["pflop"] == pytest.approx(2 * 256 * 228 * 0.076 / 399_360, abs=1e-4)
+    else:
+        assert row["bounds"] == {"nu": 0.25} and "pflop" not in row
+
+
 def test_the_picture_of_the_answer_shows_the_runs():
     texts = re.findall(r">([^<]*)</text>", (HERE / "answer.svg").read_text(encoding="utf8"))
     for label, _, mean, _ in figures.answer_points():
@@ -943,6 +1027,39 @@ def test_median_seconds_of_calls_that_take_turns(monkeypatch):
     turns = []
     found = benchmark.seconds_of([lambda: turns.append("a"), lambda: turns.append("b")], 12, False)
     assert "".join(turns[:4]) == "abab" and found.tolist() == [1, 1]
+
+
+def test_costs_prints_a_row_of_each(monkeypatch, capsys):
+    monkeypatch.setattr(costs, "median_ms", lambda call, seconds=2: [call(), 512.0][1])
+    for what, size in (("loss", "16"), ("knn", "64"), ("views", "8"), ("ranks", "1")):
+        costs.costs(what, size)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["id"] for row in rows] == ["cost-loss-16", "cost-knn-64", "cost-views-8",
+                                           "cost-ranks-1"]
+    assert rows[1]["ms"] == 1  # of one of 512 queries
+    assert rows[2]["ms"] == pytest.approx(512 / 2 / (2 ** 17 // 64), rel=0.01)  # of one view
+    assert all(row["git"] and row["kind"] == "cost" for row in rows)
+
+
+def test_versus_trains_each_library_on_the_same_images(monkeypatch, capsys):
+    monkeypatch.setattr(versus, "WORKERS", 0)
+    monkeypatch.setattr(versus, "READ_AHEAD", 0)
+
+    def of_lightly(data, cfg):  # which tests do not install
+        x = torch.randn(cfg.batch_size, 3, cfg.size, cfg.size)
+        return itertools.repeat(lambda encoder: encoder(x).square().sum())
+
+    monkeypatch.setattr(versus, "of_lightly", of_lightly)
+    clock = itertools.count()
+    monkeypatch.setattr(versus.time, "perf_counter", lambda: next(clock))
+    versus.versus("--backbone", "resnet8", "--size", "8", "--batch-size", "4", "--projector", "4",
+                  "--data", "nowhere", rounds=1, seconds=0)
+    *_, first, second, last = capsys.readouterr().out.splitlines()
+    first, second = json.loads(first), json.loads(second)
+    assert first["id"] == "versus-lightly-resnet8-8"
+    assert second["id"] == "versus-torchvision-resnet8-8"
+    # All take the same ticks of the clock, whatever they do between them.
+    assert first["ratio"] == second["ratio"] == 1 and "batch 4" in first["label"]
 
 
 # ------------------------------------------ lemmas and theorems -------------------------------

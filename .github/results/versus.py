@@ -88,8 +88,7 @@ def images_per_second(steps, encoder, cfg, seconds):
 
 
 def versus(*argv, rounds=3, seconds=20):
-    cfg = balcon.parse_flags(list(argv))
-    cfg.dataset = "cifar10"
+    cfg = balcon.parse_flags(["--dataset", "cifar10", *argv])
     balcon.check_settings(cfg)
     data = images_to_time(cfg, balcon.start_processes())[0]
     cfg.batch_size = min(cfg.batch_size, len(data))
