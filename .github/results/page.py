@@ -17,6 +17,7 @@ import sys
 
 import lane
 import numpy as np
+import question_c
 from report import markdown
 from runs import (HEADER, HERE, LOSSES, NAMES, PAPER, RUNS, by, difference, grid, grid_runs, row,
                   select, spread, values, verdict_of)
@@ -31,7 +32,8 @@ PLACEHOLDER = re.compile(r"\{([^{}\n]+)\}")
 ITEMS = json.loads((HERE / "paper.json").read_text(encoding="utf8"))
 DIGITS = {
     "views": 0, "steps": 0, "minutes": 0, "seconds": 0, "b_negative": 0, "angle": 1, "pflop": 3,
-    "lr": 1, "size": 0, "positive": 3, "nu": 3, "gaps": 3, "bounds": 3, "same_class": 3,
+    "b": 3, "repel_gap": 3, "printed_gap": 3, "lr": 1, "size": 0, "positive": 3, "nu": 3,
+    "gaps": 3, "bounds": 3, "same_class": 3,
     "lam_share": 3, "own_share": 3, "by_chance": 3, "ntxent_positive": 4, "views_percent": 1,
     "eq51": 4, "eq51_se": 4, "eq51_raw": 2, "eq16": 4, "relative": 4, "relative_features": 4}
 
@@ -379,6 +381,81 @@ def question_figures():
     return found
 
 
+# ------------------------------------------ question C ---------------------------------------
+SEEDS_OF_C = 3
+
+
+def chosen_row(objective, alpha, lam):
+    """The row of question C at this method's best rate once all its seeds are there, else None."""
+    for name, runs in by(select(stage="C", loss=objective, alpha=float(alpha), lam=float(lam)),
+                         "row").items():
+        if len(runs) == SEEDS_OF_C:
+            return name[0]
+    return None
+
+
+def c_rows():
+    """C1 to C3: accuracies on validation images of each method at its own rate."""
+    rows = [["", "rate", "n", "kNN 1", "kNN 10", "linear"]]
+    for method in question_c.METHODS:
+        name = chosen_row(*method)
+        if name:
+            rows.append([show(row(name), "method"), f"{row(name)[0]['lr']:g}",
+                         *(show(row(name), key) for key in ("runs", "knn1", "knn10", "linear"))])
+    return rows if len(rows) > 1 else NOT_YET
+
+
+def c_theory_rows():
+    """C5: what the theorems find at α = 8, mean over the seeds that were not for the rate."""
+    columns = {"": "method", "ν": "nu", "B": "b", "B < 0, %": "b_negative",
+               "gap of Eq. 10": "repel_gap", "fails, %": "repel_fails",
+               "gap as printed": "printed_gap", "fails, % ": "printed_fails"}
+    names = [chosen_row(*method) for method in question_c.METHODS if method[1] == 8]
+    rows = [[show([run for run in row(name) if "nu" in run], field) for field in columns.values()]
+            for name in names if name]
+    return [list(columns), *rows] if rows else NOT_YET
+
+
+def c_bias_rows():
+    """C4: CIFAR-100, by strategy."""
+    columns = {"n": "runs", "kNN 1": "knn1", "linear": "linear", "Eq. 51": "eq51",
+               "Eq. 51, raw": "eq51_raw", "Eq. 16": "eq16", "Eq. 16 / distance": "relative",
+               "angle, °": "angle", "over 90°, %": "violated"}
+    rows = [[name, *(show(select(row=f"C4-{name}"), field) for field in columns.values())]
+            for name in question_c.STRATEGIES if select(row=f"C4-{name}")]
+    return [["", *columns], *rows] if rows else NOT_YET
+
+
+def c_comparison(one, two, field="linear"):
+    """Difference and verdict of two methods of question C."""
+    names = chosen_row(*one), chosen_row(*two)
+    if None in names:
+        return "not run yet"
+    return f"{compared(*names, field)}, {verdict_of(*names, field)}"
+
+
+def c_figures():
+    found = {"C/runs": str(len(select(stage="C"))), "C4/runs": str(len(select(stage="C4")))}
+    for alpha in (2, 8):
+        own = "balanced", alpha, 1
+        found[f"C1/{alpha}/positive"] = c_comparison(own, ("ntxent", alpha, 1))
+        found[f"C1/{alpha}/negatives"] = c_comparison(own, ("eq14", alpha, 1))
+    found["C2"] = c_comparison(("nscl", 2, 4), ("balanced", 2, 4))
+    found["C2/knn10"] = c_comparison(("nscl", 2, 4), ("balanced", 2, 4), "knn10")
+    found["C2/surrogate"] = c_comparison(("eq5", 1, 1), ("eq7", 1, 1))
+    found["C3"] = c_comparison(("mean4", 2, 4), ("balanced", 2, 4))
+    runs = select(stage="C4")
+    for field in ("eq51", "eq51_raw", "eq16"):
+        for n, left_out in ((6, ""), (5, "nocolor")):
+            means = [[np.mean([run[key] for run in own]) for key in (field, "linear")]
+                     for name in question_c.STRATEGIES if name != left_out
+                     for own in [select(row=f"C4-{name}")] if own]
+            found[f"C4/{field}/{n}"] = "not run yet"
+            if len(means) == n and len(runs) == 2 * len(question_c.STRATEGIES):
+                found[f"C4/{field}/{n}"] = number(correlation(*np.array(means).T)[0])
+    return found
+
+
 # ------------------------------------------ α and λ ------------------------------------------
 GRIDS = {"ours, balanced": ("balanced", "linear"), "ours, NT-Xent": ("ntxent", "linear"),
          "paper, balanced": ("balanced", "paper"), "paper, NT-Xent": ("ntxent", "paper"),
@@ -593,9 +670,9 @@ def protocol_figures():
 
 @functools.cache
 def derived():
-    return {**question_figures(), **product_figures(), **loss_figures(), **gain_figures(),
-            **bias_figures(), **theorem_figures(), **validation_figures(), **paper_figures(),
-            **subset_figures(), **nscl_figures(), **protocol_figures(),
+    return {**question_figures(), **c_figures(), **product_figures(), **loss_figures(),
+            **gain_figures(), **bias_figures(), **theorem_figures(), **validation_figures(),
+            **paper_figures(), **subset_figures(), **nscl_figures(), **protocol_figures(),
             **cost_figures()}
 
 
@@ -615,6 +692,7 @@ TABLES = {
     **{name: functools.partial(rows_of, name) for name in ROW_TABLES},
     "main": main_rows, "own": own_rows, "leads": lead_rows, "A1": validation_rows,
     **{stage: functools.partial(stage_rows, stage) for stage in ("A2", "A3", "B")},
+    "C": c_rows, "C theory": c_theory_rows, "C bias": c_bias_rows,
     "validation": functools.partial(preset_rates, "V"),
     "strong": functools.partial(preset_rates, "VS"), "board": board_rows, "speed": speed_rows,
     "cost": cost_rows,

@@ -3,7 +3,7 @@ FROZEN = "2759a235e759e0f66b00e0c91ba99049eb31d24e"
 V = ("--limit 5000 --backbone resnet8 --stem imagenet --epochs 12 --batch-size 256 "
      "--probe features --no-baseline --eval knn linear")
 PRESETS = {"C": ("--dataset cifar10 " + V, "cifar10-val"),
-           "C100": ("--dataset cifar100 " + V.replace("5000", "10000"), "cifar100")}
+           "V100": ("--dataset cifar100 " + V.replace("5000", "10000"), "cifar100")}
 METHODS = {  # (objective, α, λ): the middle one of the first three rates
     ("balanced", 2, 4): 0.8, ("nscl", 2, 4): 0.8,
     ("balanced", 2, 1): 0.8, ("eq14", 2, 1): 0.8, ("ntxent", 2, 1): 0.8,
@@ -54,7 +54,7 @@ def plan(rows):
             runs += [run_of(method, rate, seed) for seed in (1, 2)]
     rate, missing = best_rate(("balanced", 2, 4), rows)
     if not missing:
-        runs += [{"id": f"C4-{name}-s{seed}", "stage": "C4", "preset": "C100", "seed": seed,
+        runs += [{"id": f"C4-{name}-s{seed}", "stage": "C4", "preset": "V100", "seed": seed,
                   "argv": f"--lr {rate:g} {flags} --eval knn linear bias bounds"}
                  for seed in (0, 1) for name, flags in STRATEGIES.items()]
     return [run for run in runs if run["id"] not in rows]

@@ -16,7 +16,8 @@ HERE = Path(__file__).resolve().parent
 FILE = HERE / "runs.jsonl"
 NAMES = {"balanced": "balanced", "ntxent": "NT-Xent", "uni": "uniform", "lt": "long-tailed",
          "full": "all 50,000", "resnet8": "ResNet-8", "resnet10": "ResNet-10",
-         "resnet18": "ResNet-18"}
+         "resnet18": "ResNet-18", "eq14": "Eq. 14", "eq5": "Eq. 5", "eq7": "Eq. 7", "nscl": "NSCL",
+         "mean4": "mean of 3 views"}
 LOSSES = ("balanced", "ntxent")
 
 
@@ -57,7 +58,14 @@ def read(line, presets):
         run["pflop"] = run["views"] * HEADER["gflop per view"][run["preset"]] / 1e6
     if "pflop" in run:
         run["pflop_percent"] = 100 * run["pflop"] / PAPER["pflop"]
-    if "bias" in run:
+    if isinstance(run.get("bounds"), dict):  # of question C
+        run.update(run["bounds"], violated=run["bounds"]["angle_over_90"])
+    if "eq51" in run.get("bias", ()):
+        bias = run["bias"]
+        run.update(eq51=bias["eq51"], eq51_raw=bias["raw_eq51"], eq16=bias["eq16"],
+                   relative=bias["eq16_relative"],
+                   relative_features=bias["features_eq16_relative"])
+    elif "bias" in run:
         unit = run["bias"]["projection"]
         run.update(eq51=unit[0], eq51_se=unit[1], eq16=unit[2], relative=unit[5])
         run["eq51_raw"] = run["bias"]["raw_projection"][0]
@@ -104,7 +112,7 @@ def values(name, field):
 
 # ------------------------------------------ spread over seeds ----------------------------------
 def comparable(run):
-    return run.get("preset"), run.get("epochs"), run.get("stage")
+    return run.get("preset"), run.get("stage", run.get("epochs"))  # a stage has one length
 
 
 @functools.cache

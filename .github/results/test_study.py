@@ -587,6 +587,52 @@ def test_the_answer_is_the_verdict_on_the_finalists_of_a2_and_a3(with_rows):
     assert points["balanced (2, 4)"][0] == 64 and points["SimCLR, τ = 1/8"][0] == 61
 
 
+def c_lines(stage="C", preset="C", more="", **figures):
+    """Runs of question C: {row: figures of its seeds}."""
+    return [runs.read({"id": f"{stage}-{name}-s{seed}", "stage": stage, "preset": preset,
+                       "seed": seed, "git": "x", "steps": 1, "argv": argv, **figure},
+                      runs.HEADER["presets"])
+            for name, (argv, seeds) in figures.items() for seed, figure in enumerate(seeds)]
+
+
+def test_question_c_compares_methods_with_all_their_seeds(with_rows):
+    with_rows()
+    assert page.evaluated("table C") == page.evaluated("table C bias") == "*Not run yet.*"
+    assert page.evaluated("C1/8/positive") == page.evaluated("C4/eq51/6") == "not run yet"
+    theory = [{}, {"bounds": {"nu": 0.2, "b": -0.1, "b_negative": 40.0, "angle_over_90": 0.0}},
+              {"bounds": {"nu": 0.4, "b": 0.3, "b_negative": 20.0, "angle_over_90": 0.0}}]
+    with_rows(c_lines(
+        one=("--alpha 8 --lam 1 --lr 0.4", [{"linear": y, "knn10": 1.0, "knn1": 2.0, **more}
+                                            for y, more in zip((50, 51, 52), theory)]),
+        two=("--loss ntxent --alpha 8 --lam 1 --lr 0.2", [{"linear": y, "knn10": 1.0, "knn1": 2.0}
+                                                          for y in (47, 48, 49)]),
+        half=("--loss eq14 --alpha 8 --lam 1 --lr 0.2", [{"linear": 40}] * 2)))
+    half = 2.571 * math.sqrt((2 + 2) / 5) * math.sqrt(2 / 3)  # the row of two seeds counts, too
+    assert page.evaluated("C1/8/positive") == f"3.00 [{3 - half:.2f}, {3 + half:.2f}], better"
+    assert page.evaluated("C1/8/negatives") == "not run yet"  # the third seed is missing
+    assert [cells[0] for cells in page.c_rows()[1:]] == ["balanced (8, 1)", "NT-Xent (8, 1)"]
+    assert page.c_theory_rows()[1][:4] == ["balanced (8, 1)", "0.300", "0.100", "30"]
+
+
+def test_question_c_correlates_bias_and_accuracy_over_the_strategies(with_rows):
+    numbers = {"base": (1.0, 30.0), "blur": (1.1, 29.0), "nocolor": (0.5, 20.0),
+               "cutout": (1.2, 28.5), "rotation": (1.3, 27.0), "noise": (1.4, 26.0)}
+
+    def bias(eq51):
+        return {"eq51": eq51, "raw_eq51": 2 * eq51, "eq16": 1.0 - eq51, "eq16_relative": 0.0,
+                "features_eq16_relative": 0.0}
+
+    with_rows(c_lines("C4", "V100", **{
+        name: ("--lr 0.8", [{"linear": y + seed, "bias": bias(x)} for seed in (0, 1)])
+        for name, (x, y) in numbers.items()}))
+    r = statistics.correlation(*zip(*numbers.values()))
+    assert page.evaluated("C4/eq51/6") == page.evaluated("C4/eq51_raw/6")
+    assert float(page.evaluated("C4/eq51/6").replace("−", "-")) == pytest.approx(r, abs=0.005)
+    del numbers["nocolor"]
+    r = statistics.correlation(*zip(*numbers.values()))
+    assert float(page.evaluated("C4/eq16/5").replace("−", "-")) == pytest.approx(-r, abs=0.005)
+
+
 def planned(rows):
     return [run["id"] for run in question_c.plan(rows)]
 
