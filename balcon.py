@@ -1804,7 +1804,7 @@ PATTERNS = {  # kinds of pattern, by two coordinates u, v and a distance r
     "checks": lambda u, v, r: u.sin() * v.sin(),
     "dots": lambda u, v, r: u.cos() + v.cos() - 0.8,
     "rings": lambda u, v, r: r.sin(),
-    "zigzag": lambda u, v, r: (u + 1.3 * v.sin().asin()).sin(),
+    "zigzag": lambda u, v, r: (u + 2 * (v / 2).sin().asin()).sin(),
     "grid": lambda u, v, r: torch.maximum(u.cos(), v.cos()) - 0.6,
     "triangles": lambda u, v, r: (u / 5) % 2 - 2 * ((v / 5) % 2 - 1).abs(),
     "spokes": lambda u, v, r: (6 * torch.atan2(u, v)).sin(),
