@@ -104,6 +104,6 @@ def versus(*argv, rounds=3, seconds=20):
     for library, rate in rates.items():
         print(json.dumps({
             "id": f"versus-{library}-{cfg.backbone}-{cfg.size}", "kind": "speed", "git": commit(),
-            "label": f"{cfg.backbone}, {cfg.size} pixels, batch {cfg.batch_size}, from pixels to "
-                     f"update: images/s / {library}'s", "ratio": round(own / np.median(rate), 2)}))
+            "label": f"{cfg.backbone}, {cfg.stem} stem, {cfg.size} pixels, batch {cfg.batch_size}, "
+                     f"from pixels to update: images/s / {library}'s", "ratio": round(own / np.median(rate), 2)}))
     print(f"images/s: balcon {own:.1f}, of {SAMPLE} images; {rates}")
