@@ -1095,7 +1095,8 @@ def test_versus_trains_each_library_on_the_same_images(monkeypatch, capsys):
         x = torch.randn(cfg.batch_size, 3, cfg.size, cfg.size)
         return itertools.repeat(lambda encoder: encoder(x).square().sum())
 
-    monkeypatch.setattr(versus, "of_lightly", of_lightly)
+    monkeypatch.setattr(versus, "libraries",
+                        lambda: [versus.of_balcon, of_lightly, versus.of_torchvision])
     clock = itertools.count()
     monkeypatch.setattr(versus.time, "perf_counter", lambda: next(clock))
     versus.versus("--backbone", "resnet8", "--size", "8", "--batch-size", "4", "--projector", "4",

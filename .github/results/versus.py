@@ -5,6 +5,7 @@ in two worker processes, a pass for each view, NTXentLoss, SGD. torchvision: its
 place of lightly's, the rest as in balcon. All have the same network, images and batch, and take
 turns. Prints one JSON object a line; writes nothing.
 """
+import importlib.util
 import itertools
 import json
 import time
@@ -71,6 +72,13 @@ def of_lightly(data, cfg):
         yield lambda encoder, x1=x1, x2=x2: criterion(encoder(x1), encoder(x2))
 
 
+def libraries():
+    if importlib.util.find_spec("lightly"):
+        return [of_balcon, of_lightly, of_torchvision]
+    print("lightly is not installed (pip install lightly) and left out")
+    return [of_balcon, of_torchvision]
+
+
 def images_per_second(steps, encoder, cfg, seconds):
     """Of one library, without the batches that were made before the clock started."""
     optimizer = torch.optim.SGD(encoder.train().parameters(), cfg.lr, cfg.momentum,
@@ -92,18 +100,20 @@ def versus(*argv, rounds=3, seconds=20):
     balcon.check_settings(cfg)
     data = images_to_time(cfg, balcon.start_processes())[0]
     cfg.batch_size = min(cfg.batch_size, len(data))
+    taking_turns = libraries()
     rates = {}
     for _ in range(rounds):
-        for library in (of_balcon, of_lightly, of_torchvision):
+        for library in taking_turns:
             encoder = balcon.build_encoder(cfg, data.device)
-            if library is of_lightly:
+            if library.__name__ == "of_lightly":  # as documented
                 encoder = encoder.to(memory_format=torch.contiguous_format)
             rate = images_per_second(library(data, cfg), encoder, cfg, seconds)
             rates.setdefault(library.__name__.removeprefix("of_"), []).append(rate)
     own = np.median(rates.pop("balcon"))
+    what = f"{cfg.backbone}, {cfg.stem} stem, {cfg.size} pixels, batch {cfg.batch_size}"
     for library, rate in rates.items():
         print(json.dumps({
             "id": f"versus-{library}-{cfg.backbone}-{cfg.size}", "kind": "speed", "git": commit(),
-            "label": f"{cfg.backbone}, {cfg.stem} stem, {cfg.size} pixels, batch {cfg.batch_size}, "
-                     f"from pixels to update: images/s / {library}'s", "ratio": round(own / np.median(rate), 2)}))
+            "label": f"{what}, from pixels to update: images/s / {library}'s",
+            "ratio": round(own / np.median(rate), 2)}))
     print(f"images/s: balcon {own:.1f}, of {SAMPLE} images; {rates}")
