@@ -650,8 +650,11 @@ def test_question_c_extends_rates_until_the_best_is_interior_and_then_adds_seeds
     assert sum(name.startswith("C4-") for name in planned(rows)) == 12
     assert all("--lr 1.6" in run["argv"] for run in question_c.plan(rows)
                if run["stage"] == "C4")  # the rate of question C2
-    rows["C-balanced-a2-l4-lr1.6-s1"] = {"linear": 90}  # seeds do not choose rates
+    rows["C-balanced-a2-l4-lr0.4-s1"] = {"linear": 90}  # seeds do not choose rates
     assert "C-balanced-a2-l4-lr1.6-s2" in planned(rows)
+    falling = {f"C-nscl-a2-l4-lr{rate}-s0": {"linear": -rate} for rate in (0.4, 0.8, 1.6)}
+    own = [name for name in planned(falling) if "nscl" in name]
+    assert own == ["C-nscl-a2-l4-lr0.2-s0"]
 
 
 def test_commands_of_question_c_are_balcons_or_the_studys():
@@ -679,10 +682,11 @@ def test_commands_of_question_c_are_balcons_or_the_studys():
 
 def test_the_lane_trains_its_runs_at_their_commit_only(tmp_path, monkeypatch):
     (tmp_path / "cifar10").mkdir()
-    monkeypatch.setattr(lane.subprocess, "run",
-                        lambda *_, **__: types.SimpleNamespace(stdout="abc-dirty\n"))
-    for question, frozen in (("A", lane.FROZEN), ("C", question_c.FROZEN)):
-        with pytest.raises(SystemExit, match=f"is at abc-dirty, .* {frozen}"):
+    for question, frozen, other in (("A", lane.FROZEN, question_c.FROZEN),
+                                    ("C", question_c.FROZEN, lane.FROZEN)):
+        monkeypatch.setattr(lane.subprocess, "run",
+                            lambda *_, head=other, **__: types.SimpleNamespace(stdout=head))
+        with pytest.raises(SystemExit, match=f"is at {other}, .* {frozen}"):
             lane.main(tmp_path, tmp_path, tmp_path / "out", question)
 
 
@@ -1107,6 +1111,17 @@ def test_versus_trains_each_library_on_the_same_images(monkeypatch, capsys):
     assert second["id"] == "versus-torchvision-resnet8-8"
     # All take the same ticks of the clock, whatever they do between them.
     assert first["ratio"] == second["ratio"] == 1 and "batch 4" in first["label"]
+
+
+def test_versus_does_not_count_batches_that_were_ready_before_the_clock_started(monkeypatch):
+    monkeypatch.setattr(versus, "READ_AHEAD", 2)
+    clock = itertools.count()
+    monkeypatch.setattr(versus.time, "perf_counter", lambda: next(clock))
+    encoder = nn.Linear(1, 1)
+    steps = iter([lambda encoder: encoder.weight.sum()] * 9)
+    cfg = types.SimpleNamespace(lr=0.1, momentum=0.9, weight_decay=0, batch_size=6)
+    assert versus.images_per_second(steps, encoder, cfg, 0) == 6 / 2  # one step, two ticks
+    assert len(list(steps)) == 9 - 2 - 2  # the one that starts the clock, and the timed one
 
 
 # ------------------------------------------ lemmas and theorems -------------------------------
