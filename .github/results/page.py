@@ -444,14 +444,21 @@ def c_figures():
     found["C2/knn10"] = c_comparison(("nscl", 2, 4), ("balanced", 2, 4), "knn10")
     found["C2/surrogate"] = c_comparison(("eq5", 1, 1), ("eq7", 1, 1))
     found["C3"] = c_comparison(("mean4", 2, 4), ("balanced", 2, 4))
+    for name, parts in {"C1/positive": ("C1/2/positive", "C1/8/positive"), "C2": ("C2",),
+                        "C1/negatives": ("C1/2/negatives", "C1/8/negatives"), "C3": ("C3",),
+                        "C2/surrogate": ("C2/surrogate",)}.items():
+        is_there = all(found[part] != "not run yet" for part in parts)
+        found[f"{name}/state"] = "not tested at scale" if is_there else "not run"
     runs = select(stage="C4")
+    complete = len(runs) == 2 * len(question_c.STRATEGIES)
+    found["C4/state"] = "not tested at scale" if complete else "not run"
     for field in ("eq51", "eq51_raw", "eq16"):
         for n, left_out in ((6, ""), (5, "nocolor")):
             means = [[np.mean([run[key] for run in own]) for key in (field, "linear")]
                      for name in question_c.STRATEGIES if name != left_out
                      for own in [select(row=f"C4-{name}")] if own]
             found[f"C4/{field}/{n}"] = "not run yet"
-            if len(means) == n and len(runs) == 2 * len(question_c.STRATEGIES):
+            if complete:
                 found[f"C4/{field}/{n}"] = number(correlation(*np.array(means).T)[0])
     return found
 
@@ -681,10 +688,9 @@ def item_rows():
     """Not padded, since a row is long."""
     rows = [["paper", "what it is", "code", "command", "here", "verdict"], ["---"] * 6]
     for item in ITEMS:
-        what, here = (PLACEHOLDER.sub(lambda match: evaluated(match[1]), item[part])
-                      for part in ("what", "here"))
-        rows.append([item["item"], what, f"`{item['code']}`", f"`{item['command']}`", here,
-                     item["verdict"]])
+        what, here, judged = (PLACEHOLDER.sub(lambda match: evaluated(match[1]), item[part])
+                              for part in ("what", "here", "verdict"))
+        rows.append([item["item"], what, f"`{item['code']}`", f"`{item['command']}`", here, judged])
     return "".join("| " + " | ".join(cells) + " |\n" for cells in rows)
 
 
