@@ -85,7 +85,7 @@ def rank_cost(processes):
     loss = median_over_ranks(lambda: loss_and_gradient(*views))
     if balcon.rank() == 0:
         print_row(f"ranks-{processes}", f"{processes} gloo processes on {os.cpu_count()} cores, "
-                  "512 images in all: loss and gradient; average of ResNet-18's gradients",
+                  "512 images in all: loss and gradient; all_reduce of 11.2 million floats",
                   ms=loss, average_ms=average)
 
 

@@ -134,7 +134,7 @@ def train(run, clone, data, out, question):
     log = [json.loads(line) for line in open(folder / "log.jsonl")]
     views = 2 * 256 * log[-1]["step"]
     row = {**run, "git": question.FROZEN[:7], "steps": log[-1]["step"], "views": views,
-           "minutes_with_evaluation": round((time.time() - started) / 60, 1),
+           "minutes_since_the_last_start": round((time.time() - started) / 60, 1),
            **question.figures(json.loads((folder / "results.json").read_text()))}
     row.setdefault("seconds", round(log[-1].get("seconds", 0), 1))
     if "pflop" in row:

@@ -31,7 +31,7 @@ PAGES = {"README.template.md": HERE.parents[1] / "README.md",
 PLACEHOLDER = re.compile(r"\{([^{}\n]+)\}")
 ITEMS = json.loads((HERE / "paper.json").read_text(encoding="utf8"))
 DIGITS = {
-    "views": 0, "steps": 0, "minutes": 0, "seconds": 0, "b_negative": 0, "angle": 1, "pflop": 3,
+    "views": 0, "steps": 0, "minutes": 0, "seconds": 0, "b_negative": 2, "angle": 1, "pflop": 3,
     "b": 3, "repel_gap": 3, "printed_gap": 3, "lr": 1, "size": 0, "positive": 3, "nu": 3,
     "gaps": 3, "bounds": 3, "same_class": 3,
     "lam_share": 3, "own_share": 3, "by_chance": 3, "ntxent_positive": 4, "views_percent": 1,
@@ -172,10 +172,10 @@ def speed_rows():
 
 
 def cost_rows():
-    rows = [["one thread", "ms", "peak, MB; gradients' average, ms"]]
+    rows = [["one thread", "ms", "peak, MB", "all_reduce, ms"]]
     for run in select(kind="cost"):
-        other = run.get("mb", run.get("average_ms"))
-        rows.append([run["label"], f"{run['ms']:g}", "–" if other is None else f"{other:g}"])
+        figures = [run.get(key) for key in ("ms", "mb", "average_ms")]
+        rows.append([run["label"], *("–" if not figure else f"{figure:g}" for figure in figures)])
     return rows
 
 
@@ -279,9 +279,10 @@ def lead_rows():
             if run.get("epochs") and "linear" in run]
     rows = [["preset", "epochs", "rates", "n", "difference", "verdict"]]
     for (preset, epochs, used), own in by(runs, "preset", "epochs", "used").items():
+        own = [run for run in own if run["strategy"] == "base" and run["subset"] == used
+               and run.get("stage", "C") == "C"]  # the stages of A have finalists only
         four, one = ({rate: seeds[0]["row"] for (rate,), seeds in by(
-            [run for run in own if run["lam"] == lam and run["strategy"] == "base"
-             and run["subset"] == used and "stage" not in run], "lr").items()} for lam in (4, 1))
+            [run for run in own if run["lam"] == lam], "lr").items()} for lam in (4, 1))
         if not four or not one:
             continue
         best = tuple(max(rates, key=lambda rate: np.mean(values(rates[rate], "linear")))
@@ -382,16 +383,18 @@ def question_figures():
 
 
 # ------------------------------------------ question C ---------------------------------------
-SEEDS_OF_C = 3
-
-
 def chosen_row(objective, alpha, lam):
     """The row of question C at this method's best rate once all its seeds are there, else None."""
     for name, runs in by(select(stage="C", loss=objective, alpha=float(alpha), lam=float(lam)),
                          "row").items():
-        if len(runs) == SEEDS_OF_C:
+        if {run["seed"] for run in runs} >= set(question_c.SEEDS):
             return name[0]
     return None
+
+
+def reported(name):
+    """The runs of this row that did not choose its rate."""
+    return [run for run in row(name) if run["seed"] in question_c.SEEDS]
 
 
 def c_rows():
@@ -400,19 +403,18 @@ def c_rows():
     for method in question_c.METHODS:
         name = chosen_row(*method)
         if name:
-            rows.append([show(row(name), "method"), f"{row(name)[0]['lr']:g}",
-                         *(show(row(name), key) for key in ("runs", "knn1", "knn10", "linear"))])
+            figures = [show(reported(name), key) for key in ("runs", "knn1", "knn10", "linear")]
+            rows.append([show(row(name), "method"), f"{row(name)[0]['lr']:g}", *figures])
     return rows if len(rows) > 1 else NOT_YET
 
 
 def c_theory_rows():
-    """C5: what the theorems find at α = 8, mean over the seeds that were not for the rate."""
-    columns = {"": "method", "ν": "nu", "B": "b", "B < 0, %": "b_negative",
+    """C5: what the theorems find at α = 8."""
+    columns = {"": "method", "n": "runs", "ν": "nu", "B": "b", "B < 0, %": "b_negative",
                "gap of Eq. 10": "repel_gap", "fails, %": "repel_fails",
                "gap as printed": "printed_gap", "fails, % ": "printed_fails"}
     names = [chosen_row(*method) for method in question_c.METHODS if method[1] == 8]
-    rows = [[show([run for run in row(name) if "nu" in run], field) for field in columns.values()]
-            for name in names if name]
+    rows = [[show(reported(name), field) for field in columns.values()] for name in names if name]
     return [list(columns), *rows] if rows else NOT_YET
 
 
@@ -421,17 +423,24 @@ def c_bias_rows():
     columns = {"n": "runs", "kNN 1": "knn1", "linear": "linear", "Eq. 51": "eq51",
                "Eq. 51, raw": "eq51_raw", "Eq. 16": "eq16", "Eq. 16 / distance": "relative",
                "angle, °": "angle", "over 90°, %": "violated"}
-    rows = [[name, *(show(select(row=f"C4-{name}"), field) for field in columns.values())]
-            for name in question_c.STRATEGIES if select(row=f"C4-{name}")]
+    rows = [[label, *(show(select(row=f"C4-{name}"), field) for field in columns.values())]
+            for name, (label, _) in question_c.STRATEGIES.items() if select(row=f"C4-{name}")]
     return [["", *columns], *rows] if rows else NOT_YET
 
 
 def c_comparison(one, two, field="linear"):
-    """Difference and verdict of two methods of question C."""
-    names = chosen_row(*one), chosen_row(*two)
-    if None in names:
+    """Difference and verdict of two methods of question C, provisional until all methods are
+    there. SD pooled over the reported seeds of all methods that are."""
+    names = [chosen_row(*method) for method in question_c.METHODS]
+    groups = [[run[field] for run in reported(name)] for name in names if name]
+    pair = chosen_row(*one), chosen_row(*two)
+    if None in pair:
         return "not run yet"
-    return f"{compared(*names, field)}, {verdict_of(*names, field)}"
+    first, second = ([run[field] for run in reported(name)] for name in pair)
+    apart = np.mean(first) - np.mean(second)
+    half = half_width(*pooled_sd(groups), len(first), len(second))
+    provisional = " (provisional)" if None in names else ""
+    return f"{show_interval(apart, half)}, {verdict(apart, half)}{provisional}"
 
 
 def c_figures():
@@ -442,6 +451,14 @@ def c_figures():
         found[f"C1/{alpha}/negatives"] = c_comparison(own, ("eq14", alpha, 1))
     found["C2"] = c_comparison(("nscl", 2, 4), ("balanced", 2, 4))
     found["C2/knn10"] = c_comparison(("nscl", 2, 4), ("balanced", 2, 4), "knn10")
+    found["C2/λ"] = c_comparison(("balanced", 2, 4), ("balanced", 2, 1))
+    found["C2/supervised"] = "not run yet"
+    if select(id="C2-measured"):
+        untrained, balanced, nscl = select(id="C2-measured")[0]["supervised"]
+        share = (untrained - balanced) / (untrained - nscl)
+        found["C2/supervised"] = (f"untrained {number(untrained)}, balanced {number(balanced)}, "
+                                  f"NSCL {number(nscl)}: the self-supervised network makes "
+                                  f"{number(100 * share, 0)} % of the fall")
     found["C2/surrogate"] = c_comparison(("eq5", 1, 1), ("eq7", 1, 1))
     found["C3"] = c_comparison(("mean4", 2, 4), ("balanced", 2, 4))
     for name, parts in {"C1/positive": ("C1/2/positive", "C1/8/positive"), "C2": ("C2",),
@@ -658,7 +675,8 @@ def nscl_figures():
 def cost_figures():
     """ImageNet's 1,281,167 images for 100 epochs, in 2.5 days on 8 GPUs, beside a core's rate."""
     ms = values("cost-photographs", "ms")[0]
-    return {"cost/photographs": number(1000 / ms, 0), "cost/cores": number(1250 * ms / 1000, 0),
+    return {"cost/photographs": number(1000 / ms, 0),
+            "cost/cores": number(math.ceil(1250 * ms / 1000), 0),
             "cost/paper": number(1_281_167 * 100 / (2.5 * 86_400) / 8, 0)}
 
 
