@@ -458,7 +458,7 @@ def c_figures():
         share = (untrained - balanced) / (untrained - nscl)
         found["C2/supervised"] = (f"untrained {number(untrained)}, balanced {number(balanced)}, "
                                   f"NSCL {number(nscl)}: the self-supervised network makes "
-                                  f"{number(100 * share, 0)} % of the fall")
+                                  f"{number(100 * share, 1)} % of the fall")
     found["C2/surrogate"] = c_comparison(("eq5", 1, 1), ("eq7", 1, 1))
     found["C3"] = c_comparison(("mean4", 2, 4), ("balanced", 2, 4))
     for name, parts in {"C1/positive": ("C1/2/positive", "C1/8/positive"), "C2": ("C2",),

@@ -620,7 +620,7 @@ def test_question_c_compares_methods_with_all_their_seeds(with_rows):
     assert page.c_theory_rows()[1][:5] == ["balanced (8, 1)", "3", "0.300", "0.100", "30.00"]
     measured = runs.read({"id": "C2-measured", "git": "x", "supervised": [10.0, 8.0, 6.0]}, {})
     with_rows([measured])
-    assert page.evaluated("C2/supervised").endswith("makes 50 % of the fall")
+    assert page.evaluated("C2/supervised").endswith("makes 50.0 % of the fall")
 
 
 def test_question_c_correlates_bias_and_accuracy_over_the_strategies(with_rows):
