@@ -452,13 +452,14 @@ def c_figures():
     found["C2"] = c_comparison(("nscl", 2, 4), ("balanced", 2, 4))
     found["C2/knn10"] = c_comparison(("nscl", 2, 4), ("balanced", 2, 4), "knn10")
     found["C2/λ"] = c_comparison(("balanced", 2, 4), ("balanced", 2, 1))
-    found["C2/supervised"] = "not run yet"
+    found["C2/supervised"] = found["C2/share"] = "not run yet"
     if select(id="C2-measured"):
         untrained, balanced, nscl = select(id="C2-measured")[0]["supervised"]
-        share = (untrained - balanced) / (untrained - nscl)
+        share = number(100 * (untrained - balanced) / (untrained - nscl), 1) + " %"
+        found["C2/share"] = share
         found["C2/supervised"] = (f"untrained {number(untrained)}, balanced {number(balanced)}, "
                                   f"NSCL {number(nscl)}: the self-supervised network makes "
-                                  f"{number(100 * share, 1)} % of the fall")
+                                  f"{share} of the fall")
     found["C2/surrogate"] = c_comparison(("eq5", 1, 1), ("eq7", 1, 1))
     found["C3"] = c_comparison(("mean4", 2, 4), ("balanced", 2, 4))
     for name, parts in {"C1/positive": ("C1/2/positive", "C1/8/positive"), "C2": ("C2",),
