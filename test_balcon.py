@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,7 +173,8 @@ def test_losses_refuse_nonsense():
     for z1, z2, *arguments in (
         (z, z[:3], 1, 1), (z[:1], z[:1], 1, 1), (z, z, 0, 1), (z, z, -1, 1), (z, z, 1, -1),
         (z, z, math.nan, 1), (z, z, 1, math.nan), (z, z, math.inf, 1), (z, z, 1, 1, "manhattan"),
-        (z.long(), z.long(), 1, 1), (z[0], z[0], 1, 1), (z[None], z[None], 1, 1),
+        (z.long(), z.long(), 1, 1), (z, z.long(), 1, 1), (z, z.double(), 1, 1),
+        (z[0], z[0], 1, 1), (z[None], z[None], 1, 1),
     ):
         for loss in (balanced_contrastive_loss, generalized_nt_xent_loss):
             with pytest.raises(ValueError):
@@ -618,6 +620,27 @@ def test_unreadable_files_are_left_out_and_named_up_to_a_tenth(tmp_path, capsys)
     assert "are unreadable" in refused(tmp_path)
 
 
+def test_ctrl_c_while_images_are_read_does_not_wait_for_all_of_them(tmp_path, monkeypatch):
+    put_images(tmp_path, "  ".join(f"{i}.png" for i in range(200)))
+    files = file_images(sorted(tmp_path.iterdir()), 16)
+    seen = []
+
+    def slowly(file, *least):
+        seen.append(file)
+        time.sleep(0.01)
+        return Image.new("RGB", (4, 4))
+
+    def interrupted(stage, images, total):
+        yield next(images)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(balcon, "read_image", slowly)
+    monkeypatch.setattr(balcon, "progress", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        balcon.read_into_memory(files, 16)
+    assert len(seen) < 50
+
+
 @pytest.mark.parametrize("train, test", [
     ("train", "val"), ("Training", "Testing"), ("train", "valid"), ("TRAIN", "Validation"),
     ("train", "TEST")])
@@ -643,6 +666,8 @@ ALBUMS = {  # files: [(labels, names) of the training and test images], what is 
     "train/a/1.png  train/b/2.png  val/3.png  test/a/4.png  test/b/5.png":
         ("train/a/1.png train/b/2.png", [0, 1], "test/a/4.png test/b/5.png",
          "val no|class|folders"),
+    "train/a/1.png  train/b/2.png  val/a/3.png  val/b/4.png  test/a/5.png":
+        ("train/a/1.png train/b/2.png", [0, 1], "val/a/3.png val/b/4.png", "val:|test"),
     "2024-05 München/1.png  2024-06/2.png  loose.png":
         ("2024-05|München/1.png 2024-06/2.png loose.png", [-1] * 3, None, "no|labels loose.png"),
     "1.png  2.png": ("1.png 2.png", [-1, -1], None, ""),
@@ -1174,9 +1199,8 @@ def test_a_list_of_files_names_training_images_by_folder_and_file(tmp_path):
 
 # ----------------------------------------- pictures ---------------------------------------
 def tiles_of_picture(path, columns, side):
-    """[rows, columns, side, side, 3], without the margin and the two pixels between them."""
-    picture = np.array(Image.open(path)).astype(int)
-    picture = picture[2:, picture.shape[1] - columns * (side + 2):]
+    """[rows, columns, side, side, 3], without the two pixels between them."""
+    picture = np.array(Image.open(path)).astype(int)[2:, 2:]
     tiles = picture.reshape(-1, side + 2, columns, side + 2, 3)
     return tiles.transpose(0, 2, 1, 3, 4)[:, :, :side, :side]
 
@@ -1487,6 +1511,23 @@ def test_a_killed_run_goes_on_and_ends_bit_identical(processes, place):
     assert again.items() >= losses.items()
 
 
+def test_a_run_of_a_version_with_more_settings_is_not_trained_anew(place, run_here, tmp_path):
+    shutil.copytree(place / "run1", tmp_path / "run")
+    state = load(tmp_path / "run/last.pt")
+    state["config"]["warmup"] = 3
+    torch.save(state, tmp_path / "run/last.pt")
+    code, _, sentence = run_here(*SMALL, "--out", tmp_path / "run")
+    assert code == 2 and "warmup 3, not None" in sentence
+
+
+def test_figures_of_other_images_are_not_printed(place, run_here, tmp_path):
+    flags = ["--dataset", "folder", "--epochs", "0", "--size", "8", "--backbone", "resnet8",
+             "--out", tmp_path / "run", "--data"]
+    assert "top-1" in run_here(*flags, "photos")[1]
+    code, screen, _ = run_here(*flags, "flat")
+    assert code == 0 and "without labels" in screen and "top-1" not in screen
+
+
 def test_a_finished_run_measures_only_what_changed_and_makes_no_step(
         place, run_here, monkeypatch):
     counted = []  # images whose features or views are embedded
@@ -1680,7 +1721,7 @@ def test_the_table_names_its_figures(tmp_path, capsys):
             "bias": {"eq51": 9e9, "eq51_relative": 4 + shift, "eq16_relative": 5 + shift},
             "bounds": {"attract_gap": 6 + shift, "repel_gap": 7 + shift, "repel_fails": 8 + shift}}
     cfg = settings(out=tmp_path, k=[1, 10], eval=["knn", "linear", "bias", "bounds"])
-    balcon.conclude(results, cfg)
+    balcon.conclude(results, cfg.eval, cfg)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[-2:] == ["untrained", "trained"]
     names = ["k = 1,", "k = 10,", "linear classifier", "Eq. 51", "Eq. 16", "gap of Theorem 4.4",
@@ -1693,7 +1734,7 @@ def test_the_table_names_its_figures(tmp_path, capsys):
 BAD = {  # words, after NAME=value for the environment: what the sentence names
     "--loss softmax": "--loss softmax", "--loss simclr": "ntxent with --lam 1",
     "--lambda 4": "--lam", "--lambda=4": "--lam", "--alpah 4": "did you mean --alpha",
-    "--temperature 0.5": "1 / temperature", "--init resnet18": "--init resnet18 is not a file",
+    "--temperature=0.5": "1 / temperature", "--init resnet18": "--init resnet18 is not a file",
     "--alpha 0": "--alpha 0.0 must be > 0", "--alpha -1": "--alpha -1.0 must be > 0",
     "--lam nan": "--lam nan must be >= 0", "--lr inf": "--lr inf", "--weight-decay -1": "decay",
     "--batch-size 4.5": "--batch-size", "--batch-size 1": "must be >= 2", "--size 0": "--size 0",
@@ -1703,7 +1744,8 @@ BAD = {  # words, after NAME=value for the environment: what the sentence names
     "--k": "--k", "--projector": "--projector", "--crop-scale 0.5": "--crop-scale",
     "--crop-scale 1 0.5": "--crop-scale", "--crop-scale 0.2 1.5": "--crop-scale",
     "--eval accuracy": "--eval accuracy", "--backbone resnet19": "did you mean resnet18",
-    "--dataset imagnet": "did you mean imagenet", "--dataset folder --data nowhere": "nowhere",
+    "--dataset imagnet": "did you mean imagenet", "--dataset=": "--dataset",
+    "--dataset folder --data nowhere": "nowhere",
     "--dataset folder --data=": "--data",
     "--dataset cifar10 --data wrong{space}size": "train/a/0.png is not 32×32",
     "--dataset folder --data photos --out run1": "run1 holds a run with",
@@ -1712,10 +1754,11 @@ BAD = {  # words, after NAME=value for the environment: what the sentence names
     "--dataset imagenet --data photos/train": "photos/train/train",
     "--checkpoint run1/last.pt --projector 8": "run1/last.pt does not fit",
     "--checkpoint text.jsonl": "text.jsonl", "--checkpoint nowhere.pt": "nowhere.pt",
-    "--checkpoint foreign.pt": "--init takes its weights", "--init text.jsonl": "text.jsonl",
-    "--init foreign.pt": "--init foreign.pt", "--export nowhere/features.npz": "nowhere",
-    "--export run1": "run1", "--out text.jsonl": "text.jsonl",
-    "--out text.jsonl/run": "text.jsonl/run",
+    "--checkpoint foreign.pt": "--init takes its weights",
+    "--checkpoint run1/last.pt --init run1/last.pt": "exclude each other",
+    "--init text.jsonl": "text.jsonl", "--init foreign.pt": "--init foreign.pt",
+    "--export nowhere/features.npz": "nowhere", "--export run1": "run1",
+    "--out text.jsonl": "text.jsonl", "--out text.jsonl/run": "text.jsonl/run",
     "--dataset folder --data photos --subset nowhere.txt": "nowhere.txt",
     "--dataset folder --data flat --subset lt": "needs labels",
     "--dataset folder --data photos --limit 99": "99 images are more than the 44",
