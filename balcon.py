@@ -330,10 +330,10 @@ def crop_resize(x, box, size):
     """
     height = x.shape[-1]
     start, length = box[:, :2, None, None], box[:, 2:, None, None]  # [n, 2, 1, 1]: rows, columns
-    scale = length / size
+    stride = length / size
     pixel = torch.arange(0.5, height, device=x.device)  # [H], the centres of the pixels
-    centre = start + scale * torch.arange(0.5, size, device=x.device)[:, None]  # [n, 2, size, 1]
-    weight = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp_(min=0)  # a triangle
+    centre = start + stride * torch.arange(0.5, size, device=x.device)[:, None]  # [n, 2, size, 1]
+    weight = (1 - (pixel - centre).abs() / stride.clamp(min=1)).clamp_(min=0)  # a triangle
     weight = weight * ((pixel > start) & (pixel < start + length))  # nothing beyond the crop
     rows, columns = (weight / weight.sum(-1, keepdim=True)).unbind(1)  # [n, size, H] each
     x = x.flatten(1, 2) @ columns.mT  # [n, 3·H, size]
@@ -377,8 +377,8 @@ class Images:
                         self.labels[rows], self.names[rows.numpy()], self.classes, self.size)
         return chosen.to(self.device)
 
-    def batches(self, order, views=None, n=1, key=(), one_t=False):
-        """Yields step, x for each (step, rows) of `order`; rows: [m], images of a batch.
+    def batches(self, plan, views=None, n=1, key=(), one_t=False):
+        """Yields step, x for each (step, rows) of `plan`; rows: [m], images of a batch.
 
         x: [n·b, 3, size, size], normalised. It holds n views of each of this rank's b images,
         first the first view of all, then the second. Without `views` it holds the b images. With
@@ -393,7 +393,7 @@ class Images:
             return step, rows[own], Draw((*key, step), n * m, places)
 
         mean, std = to_device(torch.tensor([MEAN, STD]), self.device)[..., None, None]
-        for step, x, t in self.read((request(*pair) for pair in order), views):
+        for step, x, t in self.read((request(*pair) for pair in plan), views):
             if views:
                 x = augment(x, t, views.names)
             yield step, ((x - mean) / std).contiguous(memory_format=torch.channels_last)
@@ -645,7 +645,7 @@ def eq16(halves, labels):
     return mean_length(class_means(halves, labels)[labels] - halves)
 
 
-def bias(encoder, train, cfg):
+def measure_bias(encoder, train, cfg):
     """Eq. 51, the paper's estimate of the bias, and Eq. 16, the bias, in three spaces (A.3.2).
 
     Eq. 51 applies the same t to an image and to another one of its class; by Jensen's inequality
@@ -692,18 +692,18 @@ def theorem_sides(anchor, mean_view, bank, labels, alpha):
     larger. So the bound holds where B ≥ 0 (sufficient, not necessary; α ≤ log C is enough), and
     max(B, B/ν) always.
     """
-    own = labels[:, None] == torch.arange(int(labels.max()) + 1, device=labels.device)  # [N, C]
     prototypes = class_means(bank, labels)  # [C, d]
+    own_class = F.one_hot(labels, len(prototypes)).bool()  # [N, C]
     b = repulsion_bound(anchor, bank, labels, alpha)
-    nu = prototypes.norm(dim=1).expand(own.shape).masked_fill(own, math.inf).amin(1)
+    nu = prototypes.norm(dim=1).expand(own_class.shape).masked_fill(own_class, math.inf).amin(1)
     to_prototypes = anchor @ F.normalize(prototypes, dim=1).T  # [N, C]
     return {"attract_left": -F.cosine_similarity(anchor, mean_view),  # Eq. 8
             "attract_right": -(anchor * mean_view).sum(1),
-            "repel_left": to_prototypes.masked_fill(own, -math.inf).amax(1),  # Eq. 10
+            "repel_left": to_prototypes.masked_fill(own_class, -math.inf).amax(1),  # Eq. 10
             "repel_right": b / nu, "b": b, "nu": nu}
 
 
-def bounds(encoder, train, cfg):
+def measure_bounds(encoder, train, cfg):
     """How tight Theorems 4.4 and 4.6 are: mean gaps, right minus left side (A.4.5, Fig. 6), and the
     share of images where a bound fails. Means over t′ are taken over K views in Theorem 4.4, over
     one view of each image, the bank, in Theorem 4.6.
@@ -722,8 +722,8 @@ def bounds(encoder, train, cfg):
     side = theorem_sides(anchor, mean_view, bank, labels, cfg.alpha)
     printed = torch.zeros_like(side["b"])
     for k in range(cfg.theory_views):
-        bank = embed(encoder, data, cfg, f"bank {k + 1}", one_t=True)[0][:, 0]
-        printed += repulsion_bound(anchor, bank, labels, cfg.alpha) / cfg.theory_views
+        one_t = embed(encoder, data, cfg, f"bank {k + 1}", one_t=True)[0][:, 0]
+        printed += repulsion_bound(anchor, one_t, labels, cfg.alpha) / cfg.theory_views
     angle = (-side["attract_left"]).clamp(-1, 1).acos().rad2deg()
     gaps = {"attract": side["attract_right"] - side["attract_left"],
             "repel": side["repel_right"] - side["repel_left"],
@@ -1021,11 +1021,11 @@ def possible_evaluations(cfg, train, bank, test):
     return cfg.eval
 
 
-def percent(right):
-    return 100 * right.double().mean().item()
+def percent(mask):
+    return 100 * mask.double().mean().item()
 
 
-def knn(features, train, test, cfg):
+def knn_accuracy(features, train, test, cfg):
     """{figure: top-1 accuracy in %}. features: a function of train or test, [N, d]."""
     found = {}
     for k in cfg.k:
@@ -1035,7 +1035,7 @@ def knn(features, train, test, cfg):
     return found
 
 
-def linear(backbone, features, train, test, cfg):
+def linear_accuracy(backbone, features, train, test, cfg):
     if cfg.probe == "features":
         predicted = linear_predict(features(train), to_device(train.labels, train.device),
                                    features(test), cfg.probe_l2)
@@ -1059,11 +1059,11 @@ def evaluate(stage, encoder, bank, test, wanted, results, cfg):
             extracted[data] = extract(encoder.backbone, data, cfg)
         return extracted[data]
 
-    measure = {"knn": lambda: knn(features, bank, test, cfg),
-               "linear": lambda: linear(encoder.backbone, features, bank, test, cfg),
-               "bias": lambda: bias(encoder, bank, cfg),
-               "bounds": lambda: bounds(encoder, bank, cfg),
-               "neighbors": lambda: neighbors(encoder.backbone, extracted, bank, test, cfg)}
+    measure = {"knn": lambda: knn_accuracy(features, bank, test, cfg),
+               "linear": lambda: linear_accuracy(encoder.backbone, features, bank, test, cfg),
+               "bias": lambda: measure_bias(encoder, bank, cfg),
+               "bounds": lambda: measure_bounds(encoder, bank, cfg),
+               "neighbors": lambda: find_neighbors(encoder.backbone, extracted, bank, test, cfg)}
     for name in [*wanted, "neighbors"]:
         settings = {**values_of(cfg, DEPENDS[name]), "weights": weights, "images": cfg.images}
         known = results.setdefault(stage, {})
@@ -1542,7 +1542,7 @@ def hold_out(files):
         return [files]
     counts = files.labels.bincount()
     tenth = (counts / 10).ceil().minimum(counts - 1)
-    test = rank_within_class(files.labels, "held out") < tenth[files.labels]
+    test = place_within_class(files.labels, "held out") < tenth[files.labels]
     if not test.any():  # one image a class
         return [files]
     say(f"no test images: a fixed tenth of each class is held out ({test.sum()} images)")
@@ -1719,7 +1719,7 @@ def in_memory(pixels, labels, classes):
     return Images(torch.as_tensor(pixels), shapes, torch.as_tensor(labels).long(), names, classes)
 
 
-def rank_within_class(labels, *key):
+def place_within_class(labels, *key):
     """[N]: 0 for the first image of its class in a random order, 1 for the second, and so on."""
     place = torch.empty_like(labels)
     shuffled = torch.randperm(len(labels), generator=rng(*key))
@@ -1733,7 +1733,7 @@ def balanced_subset(labels, n, *key):
     """Rows of n images, as equal in number per class as possible: a function of labels and key."""
     if n > len(labels):
         refuse(f"{n} images are more than the {len(labels)} that there are")
-    return rank_within_class(labels, *key).argsort(stable=True)[:n].sort().values
+    return place_within_class(labels, *key).argsort(stable=True)[:n].sort().values
 
 
 def training_subset(cfg, names, labels):
@@ -1757,7 +1757,7 @@ def training_subset(cfg, names, labels):
         if not len(free):
             refuse(f"no class is left that has {count} images: lower --limit")
         counts[free[torch.randint(len(free), [], generator=generator)]] = count
-    return rows[rank_within_class(labels, "subset", cfg.seed) < counts[labels]]
+    return rows[place_within_class(labels, "subset", cfg.seed) < counts[labels]]
 
 
 def listed_rows(path, names):
@@ -1858,7 +1858,7 @@ def draw_views(data, cfg):
     save_picture(cfg.out / "views.png", tiles)
 
 
-def neighbors(backbone, extracted, bank, test, cfg):
+def find_neighbors(backbone, extracted, bank, test, cfg):
     """For 8 test images, or training images if there are none, the rows of their 8 nearest
     training images. Searches all of them if their features were extracted before, else 5,000.
 

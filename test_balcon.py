@@ -986,7 +986,9 @@ def test_evaluation_is_in_eval_mode_and_counts_each_image_once_on_two_ranks(tmp_
             assert_close(x, expected)
 
 
-ALL = {"knn", "linear", "bias", "bounds", "neighbors"}
+MEASURES = {"knn": "knn_accuracy", "linear": "linear_accuracy", "bias": "measure_bias",
+            "bounds": "measure_bounds", "neighbors": "find_neighbors"}
+ALL = {*MEASURES}
 DEPENDS = {  # a setting, another value: what is measured again
     ("k", (1, 20)): {"knn"}, ("probe_l2", 0.5): {"linear"}, ("probe", "crops"): {"linear"},
     ("probe_lr", 1.0): {"linear"}, ("theory_images", 7): {"bias", "bounds"}, ("size", 4): ALL,
@@ -1007,8 +1009,8 @@ def test_a_figure_is_measured_again_when_what_it_depends_on_changes(
         return set(measured)
 
     measured, encoder, results = [], stub(), {}
-    for name in ALL:
-        monkeypatch.setattr(balcon, name, lambda *_, name=name: measured.append(name) or {})
+    for name, function in MEASURES.items():
+        monkeypatch.setattr(balcon, function, lambda *_, name=name: measured.append(name) or {})
     assert evaluate() == ALL and evaluate() == set()
     change = {setting: value}
     assert evaluate(**change) == DEPENDS[setting, value]
@@ -1022,7 +1024,7 @@ def test_neighbors_searches_what_is_extracted_or_else_5000_images_also_after_bou
     x = plain(bank).flatten(1)
     for extracted, images in (({}, 5008), ({bank: x}, 8)):
         encoder.seen.clear()
-        found = balcon.neighbors(encoder.backbone, extracted, bank, test, settings())
+        found = balcon.find_neighbors(encoder.backbone, extracted, bank, test, settings())
         assert sum(map(len, encoder.seen)) == images
         for query, rows in zip(found["queries"], found["rows"]):
             similar = F.cosine_similarity(x, plain(test)[query].flatten()[None])
@@ -1032,7 +1034,7 @@ def test_neighbors_searches_what_is_extracted_or_else_5000_images_also_after_bou
             if extracted:
                 assert_close(similar[rows], nearest.values[:8])
     few = pictures(8)
-    found = balcon.neighbors(encoder.backbone, {few: torch.ones(8, 12)}, few, None, settings())
+    found = balcon.find_neighbors(encoder.backbone, {few: torch.ones(8, 12)}, few, None, settings())
     for query, rows in zip(found["queries"], found["rows"]):  # of a collapsed backbone
         assert sorted([query, *rows]) == [*range(8)]
     encoder.seen.clear()
@@ -1057,7 +1059,7 @@ def test_bias_is_extrapolated_and_relative_to_random_pairs_in_closed_form(monkey
         return [x + noise[rows] if groups == 2 else x] * 3
 
     monkeypatch.setattr(balcon, "embed", embed)
-    found = balcon.bias(None, pictures(12), settings())
+    found = balcon.measure_bias(None, pictures(12), settings())
     assert seen == [("bias", 1, 1), ("bias", 1, 1), ("mean views", 4, 2)]
     expected = {"eq51": math.sqrt(9 + 36), "eq51_relative": math.sqrt(45 / 18),
                 "eq16": math.sqrt(9 * 3 / 4),  # four images in a class
@@ -1071,7 +1073,7 @@ def test_bias_has_one_t_for_two_images_of_a_class_and_every_image_its_own_mean_v
     data, encoder = pictures(120), stub()
     data.labels = 2 * data.labels + 3  # with gaps
     cfg = settings(theory_images=100, precision="bfloat16")  # of which theory makes no use
-    found = balcon.bias(encoder, data, cfg)
+    found = balcon.measure_bias(encoder, data, cfg)
     seen = torch.cat(encoder.seen)
     row, other_row, *view_rows = rows_of(seen).split(100)
     labels = data.labels[row]
@@ -1117,7 +1119,7 @@ def test_bounds_are_the_mean_gaps_and_the_shares_that_fail():
     data.pixels[0] = torch.tensor([190, 5])  # its columns: flipped, it looks away from all others
     data.labels = torch.arange(12) // 5  # classes of 5, 5 and 2 images
     encoder.projector = nn.Identity()
-    found = balcon.bounds(encoder, data, cfg)
+    found = balcon.measure_bounds(encoder, data, cfg)
     seen = torch.cat(encoder.seen)
     flipped = (seen.view(10, 12, 3, 2, 2) - plain(data)).abs().amax((2, 3, 4)) > 1e-4
     assert 0 < flipped[5].sum() < 12  # the bank: each image has its own t
@@ -1700,7 +1702,7 @@ def test_the_demonstration_fails_unless_it_leaves_less_than_a_quarter_of_the_err
     found = iter([60.0, trained])
     monkeypatch.setattr(balcon, "draw_patterns", lambda n, split: draw(160, split))
     monkeypatch.setattr(balcon, "pretrain", lambda *arguments: None)
-    monkeypatch.setattr(balcon, "knn", lambda *arguments: {"knn5": next(found)})
+    monkeypatch.setattr(balcon, "knn_accuracy", lambda *arguments: {"knn5": next(found)})
     monkeypatch.setattr(balcon, "digest", lambda content: str(content)[:99])
     result, screen, _ = run_here(*flags.split(), "--eval", "knn", "--out", tmp_path)
     assert result == code and said in screen and f" {trained:.4g}\n" in screen

@@ -219,8 +219,8 @@ def pixels(*flags):
     def features(data):
         return data.pixels.flatten(1).float() / 255
 
-    print(json.dumps({**balcon.knn(features, train, test, cfg),
-                      **balcon.linear(None, features, train, test, cfg)}))
+    print(json.dumps({**balcon.knn_accuracy(features, train, test, cfg),
+                      **balcon.linear_accuracy(None, features, train, test, cfg)}))
 
 
 def picture(before, after):
