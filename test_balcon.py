@@ -1221,10 +1221,14 @@ def test_views_png_shows_each_image_beside_two_of_its_views(tmp_path):
 
 
 @pytest.mark.parametrize("with_test", [True, False])
-def test_neighbors_png_frames_the_right_class_below_the_untrained_row(with_test, tmp_path):
+def test_neighbors_png_frames_the_right_class_below_the_untrained_row(
+        with_test, tmp_path, capsys):
     train, test = pictures(20, 1), pictures(8, 1) if with_test else None
     asked, queries, results = test or train, [0, 1, 2, 7], {}
     asked.labels[7] = -1
+    train.labels[8:16] = -1
+    own = 100 if with_test else 0  # how much lighter the test images are
+    asked.pixels += own
     for stage in ("trained", "untrained"):
         rows = [torch.randperm(20, generator=generator(len(stage) + i))[:8].tolist()
                 for i in queries]
@@ -1235,11 +1239,12 @@ def test_neighbors_png_frames_the_right_class_below_the_untrained_row(with_test,
     assert len(tiles) == 8 and set(green.flat) <= {0, 72 ** 2 - 64 ** 2}  # whole frames or none
     for line, (i, stage) in enumerate(itertools.product(range(4), ("untrained", "trained"))):
         rows = torch.tensor(results[stage]["neighbors"]["rows"][i])
-        expected = np.array([2 * queries[i], *(2 * rows).tolist()])
+        expected = np.array([own + 2 * queries[i], *(2 * rows).tolist()])
         assert abs(tiles[line, :, 36, 36, 0] - expected).max() <= 1
         label = asked.labels[queries[i]]
         right = (train.labels[rows] == label) & (label >= 0)
         assert (green[line] > 0).tolist() == [False, *right.tolist()]
+    assert "above the trained one" in capsys.readouterr().out
 
 
 # ----------------------------------------- training ---------------------------------------

@@ -73,9 +73,10 @@ def finalists(rows):
 
 
 def plan(rows):
-    """All runs, stage by stage; a stage needs the rows of the one before it."""
-    if stage_a1(rows):
-        return stage_a1(rows)
+    """All runs, stage by stage; a stage needs the rows of the one before it that can change it."""
+    missing = stage_a1(rows)
+    if any(not run["id"].startswith("A1-balanced-a4-l1-") for run in missing):  # no finalist
+        return missing
     (simclr, simclr_rate), (balanced, balanced_rate) = finalists(rows)
     checks = [(("ntxent", *balanced[1:]), balanced_rate), (("balanced", *simclr[1:]), simclr_rate)]
     runs = [run_of("A2", *pair, seed, 4) for seed in range(6)
@@ -86,7 +87,8 @@ def plan(rows):
     twenty[1]["argv"] += " --save-every 2"  # for Fig. 6
     b = [run_of("B", (loss, 8, 4), rate, 0, 20, " --save-every 2")
          for rate in (0.4, 0.2) for loss in ("ntxent", "balanced")]
-    return [run for run in runs + twenty[:2] + b + twenty[2:] if run["id"] not in rows]
+    runs = missing + runs + twenty[:2] + b + twenty[2:]
+    return [run for run in runs if run["id"] not in rows]
 
 
 def split_validation(data):
