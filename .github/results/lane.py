@@ -25,65 +25,73 @@ METHODS = {  # stage A1: the middle one of the first three rates
     ("ntxent", 8, 1): 0.4, ("balanced", 2, 4): 0.8, ("ntxent", 4, 1): 0.8,
     ("balanced", 4, 2): 0.4, ("ntxent", 16, 1): 0.2, ("ntxent", 2, 1): 0.8,
     ("balanced", 4, 1): 0.8}
+ADDED = {  # stage A1b, added when A1 was known: αλ = 16 and 32, and the decoupled loss
+    ("ntxent", 32, 1): 0.4, ("balanced", 8, 2): 0.8, ("balanced", 4, 4): 0.8,
+    ("balanced", 16, 1): 0.8, ("balanced", 8, 1): 0.8}
 
 
 def run_of(stage, method, rate, seed, epochs, more=""):
     loss, alpha, lam = method
     return {"id": f"{stage}-{loss}-a{alpha}-l{lam}-lr{rate:g}-s{seed}", "stage": stage,
-            "preset": "HV" if stage == "A1" else "H", "seed": seed,
+            "preset": "HV" if stage in ("A1", "A1b") else "H", "seed": seed,
             "argv": f"--loss {loss} --alpha {alpha} --lam {lam} --lr {rate:g} --epochs {epochs}"
                     + more}
 
 
 def rates_of(method, rows):
-    """{rate: validation accuracy} of stage A1."""
+    """{rate: validation accuracy} of stage A1 or A1b."""
     loss, alpha, lam = method
-    prefix = f"A1-{loss}-a{alpha}-l{lam}-lr"
+    prefix = f"{'A1' if method in METHODS else 'A1b'}-{loss}-a{alpha}-l{lam}-lr"
     return {float(name[len(prefix):-3]): row["linear"] for name, row in rows.items()
             if name.startswith(prefix)}
 
 
-def stage_a1(rows):
+def search(stage, methods, rows):
     """The missing rates: three for each method, then beyond an edge as long as it is the best."""
-    first = [run_of("A1", method, middle * factor, 0, 2)
-             for factor in (1, 0.5, 2) for method, middle in METHODS.items()]
+    first = [run_of(stage, method, middle * factor, 0, 2)
+             for factor in (1, 0.5, 2) for method, middle in methods.items()]
     missing = [run for run in first if run["id"] not in rows]
-    for method in METHODS:
+    for method in methods:
         rates = rates_of(method, rows)
         if len(rates) < 3:
             continue
         best = max(rates, key=rates.get)
         if best == max(rates):
-            missing.append(run_of("A1", method, 2 * best, 0, 2))
+            missing.append(run_of(stage, method, 2 * best, 0, 2))
         if best == min(rates):
-            missing.append(run_of("A1", method, best / 2, 0, 2))
+            missing.append(run_of(stage, method, best / 2, 0, 2))
     return missing
 
 
-def finalists(rows):
-    """[(SimCLR, rate), (balanced with another λ, rate)], the best of stage A1."""
+def finalists(methods, rows):
+    """(method, rate) of the best SimCLR, balanced loss with λ ≠ 1, and decoupled loss (λ = 1)."""
     best = {}
-    for method in METHODS:
+    for method in methods:
         rates = rates_of(method, rows)
         rate = max(rates, key=rates.get)
-        kind = "simclr" if method[0] == "ntxent" else "balanced"
-        if kind == "simclr" or method[2] != 1:
-            best[kind] = max(best.get(kind, (0,)), (rates[rate], method, rate))
-    return best["simclr"][1:], best["balanced"][1:]
+        kind = method[0], method[2] == 1
+        best[kind] = max(best.get(kind, (0,)), (rates[rate], method, rate))
+    return [best[kind][1:] for kind in (("ntxent", True), ("balanced", False), ("balanced", True))]
 
 
 def plan(rows):
     """All runs, stage by stage; a stage needs the rows of the one before it that can change it."""
-    missing = stage_a1(rows)
+    missing = search("A1", METHODS, rows)
     if any(not run["id"].startswith("A1-balanced-a4-l1-") for run in missing):  # no finalist
         return missing
-    (simclr, simclr_rate), (balanced, balanced_rate) = finalists(rows)
+    (simclr, simclr_rate), (balanced, balanced_rate), _ = finalists(METHODS, rows)
     checks = [(("ntxent", *balanced[1:]), balanced_rate), (("balanced", *simclr[1:]), simclr_rate)]
     runs = [run_of("A2", *pair, seed, 4) for seed in range(6)
             for pair in ((simclr, simclr_rate), (balanced, balanced_rate))]
     runs += [run_of("A2", *pair, seed, 4) for seed in range(3) for pair in checks]
-    twenty = [run_of("A3", *pair, seed, 20) for seed in range(3)
-              for pair in ((simclr, simclr_rate), (balanced, balanced_rate))]
+    added = search("A1b", ADDED, rows)
+    if added:
+        return [run for run in missing + runs + added if run["id"] not in rows]
+    *final, decoupled = finalists([*METHODS, *ADDED], rows)
+    known = {run["id"] for run in runs}
+    second = [run_of("A2b", *pair, seed, 4) for seed in range(6) for pair in [*final, decoupled]]
+    runs += [run for run in second if run["id"].replace("A2b", "A2") not in known]
+    twenty = [run_of("A3", *pair, seed, 20) for seed in range(3) for pair in final]
     twenty[1]["argv"] += " --save-every 2"  # for Fig. 6
     b = [run_of("B", (loss, 8, 4), rate, 0, 20, " --save-every 2")
          for rate in (0.4, 0.2) for loss in ("ntxent", "balanced")]

@@ -304,15 +304,15 @@ NOT_YET = "*Not run yet.*\n"
 SEEDS = {"A2": 6, "A3": 3}  # of each finalist
 
 
-def validation_rows():
-    """A1: linear accuracy on validation images of each method over its rates."""
-    runs = select(stage="A1")
+def validation_rows(stage="A1", methods=lane.METHODS):
+    """A1, A1b: linear accuracy on validation images of each method over its rates."""
+    runs = select(stage=stage)
     if not runs:
         return NOT_YET
     rates = sorted({run["lr"] for run in runs})
     rows = [["", *(f"{rate:g}" for rate in rates), "best is interior"]]
-    for loss, alpha, lam in lane.METHODS:
-        own = select(stage="A1", loss=loss, alpha=float(alpha), lam=float(lam))
+    for loss, alpha, lam in methods:
+        own = select(stage=stage, loss=loss, alpha=float(alpha), lam=float(lam))
         at = {run["lr"]: run for run in own}
         best = max(at, key=lambda rate: at[rate]["linear"], default=None)
         interior = at and min(at) < best < max(at)
@@ -368,11 +368,11 @@ def answer_to_a():
 
 def question_figures():
     found = {f"A/{name}": text for name, text in answer_to_a().items()}
-    for stage in ("A1", "A2", "A3", "B"):
+    for stage in ("A1", "A1b", "A2", "A2b", "A3", "B"):
         found[f"{stage}/runs"] = str(len(select(stage=stage)))
     rows = {run["id"]: run for run in select(stage="A1")}
     found["A1/state"] = "not finished yet: runs are added until each best rate is interior"
-    if rows and not lane.stage_a1(rows):
+    if rows and not lane.search("A1", lane.METHODS, rows):
         found["A1/state"] = "finished"
     for stage in SEEDS:
         pair = finalists(stage)
@@ -716,7 +716,8 @@ def item_rows():
 TABLES = {
     **{name: functools.partial(rows_of, name) for name in ROW_TABLES},
     "main": main_rows, "own": own_rows, "leads": lead_rows, "A1": validation_rows,
-    **{stage: functools.partial(stage_rows, stage) for stage in ("A2", "A3", "B")},
+    "A1b": functools.partial(validation_rows, "A1b", lane.ADDED),
+    **{stage: functools.partial(stage_rows, stage) for stage in ("A2", "A2b", "A3", "B")},
     "C": c_rows, "C theory": c_theory_rows, "C bias": c_bias_rows,
     "validation": functools.partial(preset_rates, "V"),
     "strong": functools.partial(preset_rates, "VS"), "board": board_rows, "speed": speed_rows,

@@ -112,7 +112,8 @@ def values(name, field):
 
 # ------------------------------------------ spread over seeds ----------------------------------
 def comparable(run):
-    return run.get("preset"), run.get("stage", run.get("epochs"))  # a stage has one length
+    length = run.get("stage", "").removesuffix("b") or run.get("epochs")  # a stage has one
+    return run.get("preset"), length
 
 
 @functools.cache

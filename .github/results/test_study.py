@@ -547,7 +547,7 @@ def with_rows(monkeypatch):
 
 def test_stages_say_that_they_have_not_run(with_rows):
     with_rows()
-    for stage in ("A1", "A2", "A3", "B"):
+    for stage in ("A1", "A1b", "A2", "A2b", "A3", "B"):
         assert page.evaluated(f"table {stage}") == "*Not run yet.*"
     assert page.derived()["A/verdict"] == "open: A2 and A3 not run yet"
     assert page.derived()["A1/runs"] == "0"
@@ -705,6 +705,40 @@ def test_the_lane_trains_its_runs_at_their_commit_only(tmp_path, monkeypatch):
                             lambda *_, head=other, **__: types.SimpleNamespace(stdout=head))
         with pytest.raises(SystemExit, match=f"is at {other}, .* {frozen}"):
             lane.main(tmp_path, tmp_path, tmp_path / "out", question)
+
+
+def test_the_lane_searches_rates_then_trains_the_finalists_then_looks_at_added_cells():
+    def names():
+        return [run["id"] for run in lane.plan(rows)]
+
+    def search(stage, methods, best):
+        for (loss, alpha, lam), middle in methods.items():
+            for factor, less in ((0.5, 1), (1, 0), (2, 2)):
+                rows[f"{stage}-{loss}-a{alpha}-l{lam}-lr{middle * factor:g}-s0"] = {
+                    "linear": best.get((loss, alpha, lam), 50) - less}
+
+    rows = {}
+    assert len(names()) == 21 and all(name.startswith("A1-") for name in names())
+    search("A1", lane.METHODS, {
+        ("ntxent", 8, 1): 60, ("balanced", 4, 2): 59, ("balanced", 4, 1): 70})
+    rows["A1-ntxent-a8-l1-lr0.8-s0"] = {"linear": 61}
+    assert names() == ["A1-ntxent-a8-l1-lr1.6-s0"]  # beyond the edge
+    rows["A1-ntxent-a8-l1-lr1.6-s0"] = {"linear": 60}
+    pair = "A2-ntxent-a8-l1-lr0.8-s{}", "A2-balanced-a4-l2-lr0.4-s{}"
+    checks = "A2-ntxent-a4-l2-lr0.4-s{}", "A2-balanced-a8-l1-lr0.8-s{}"
+    expected = [name.format(seed) for names in (pair, checks)
+                for seed in range(6 if names is pair else 3) for name in names]
+    assert names()[:18] == expected
+    assert len(names()) == 18 + 15 and all(name.startswith("A1b-") for name in names()[18:])
+    del rows["A1-balanced-a4-l1-lr1.6-s0"]  # λ = 1 is no finalist: A2 does not wait for it
+    assert names()[:19] == ["A1-balanced-a4-l1-lr1.6-s0", *expected]
+    rows["A1-balanced-a4-l1-lr1.6-s0"] = {"linear": 0}
+    search("A1b", lane.ADDED, {("ntxent", 32, 1): 60.5, ("balanced", 8, 2): 60})
+    rest = names()[18:]
+    assert rest[:12] == [f"A2b-{name}-s{seed}" for seed in range(6)
+                         for name in ("balanced-a8-l2-lr0.8", "balanced-a4-l1-lr0.8")]
+    assert rest[12:14] == ["A3-ntxent-a8-l1-lr0.8-s0", "A3-balanced-a8-l2-lr0.8-s0"]
+    assert [name[:2] for name in rest[14:]] == ["B-"] * 4 + ["A3"] * 4
 
 
 @pytest.mark.parametrize("question", [lane, question_c])
