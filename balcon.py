@@ -557,8 +557,8 @@ def train_on_crops(backbone, width, train, cfg):
     batch = min(cfg.probe_batch, len(train))
     per_epoch = math.ceil(len(train) / batch)
     peak = cfg.probe_lr * batch / 256
-    kind = {"sgd": torch.optim.SGD, "lars": LARS}[cfg.probe_optimizer]
-    optimizer = kind(classifier.parameters(), lr=peak, momentum=0.9)
+    optimizer_class = {"sgd": torch.optim.SGD, "lars": LARS}[cfg.probe_optimizer]
+    optimizer = optimizer_class(classifier.parameters(), lr=peak, momentum=0.9)
     views = Views(["flip"], train.size or train.pixels.shape[-1], (0.08, 1.0))
     path = cfg.out / "classifier.pt"
     made_by = {"settings": values_of(cfg, DEPENDS["linear"]), "backbone": before,
@@ -660,11 +660,11 @@ def measure_bias(encoder, train, cfg):
         rows = shuffled[data.labels[shuffled] == label]
         other[rows] = rows.roll(1)
     pairs = to_device(torch.stack([shuffled, shuffled.roll(1)]), data.device)  # random images
-    views = embed(encoder, data, cfg, "bias")
-    other_views = embed(encoder, data.select(other), cfg, "bias")  # the same name: the same t
+    z = embed(encoder, data, cfg, "bias")
+    z_other = embed(encoder, data.select(other), cfg, "bias")  # the same name: the same t
     means = embed(encoder, data, cfg, "mean views", n=cfg.theory_views, groups=2)
     found = {}
-    for space, x, x_other, halves in zip(("", "raw_", "features_"), views, other_views, means):
+    for space, x, x_other, halves in zip(("", "raw_", "features_"), z, z_other, means):
         random_views = (x[pairs[0]] - x[pairs[1]]).norm(dim=2).mean().item()
         random_means = mean_length(halves[pairs[0]] - halves[pairs[1]])
         found[f"{space}eq51"] = (x - x_other).norm(dim=2).mean().item()
@@ -745,35 +745,36 @@ def measure_bounds(encoder, train, cfg):
 RESNETS = ["resnet8", "resnet10",
            *torchvision.models.list_models(torchvision.models, "*resne[tx]*")]
 DROPPABLE = {"gaussian_blur": ["gaussian_blur"], "color_distortion": ["color_jitter", "grayscale"]}
-# Every flag: its default, what it is, and its choices or its range. The defaults are the paper's
-# CIFAR-10 recipe (A.4.1); "" means that there is none.
+# Every flag: its default, what it is, and its choices or its range. The default is that of the
+# paper's CIFAR-10 recipe (A.4.1), if it has one; "" means that there is none.
+WEIGHT_SETTINGS = {
+    "alpha": (2.0, "α, sharpness of the softmax over negatives: 1 / temperature", "> 0"),
+    "lam": (4.0, "λ, weight of repelling against attracting", ">= 0"),
+    "loss": ("balanced", "Eq. 17, or generalized NT-Xent", list(LOSSES)),
+    "similarity": ("cosine", "of projections (Table 1)", ["cosine", "dot", "euclidean"]),
+    "epochs": (200, "of pretraining; 0 evaluates the untrained backbone", ">= 0"),
+    "batch_size": (512, "images per step over all processes; twice as many views", ">= 2"),
+    "lr": (0.1, "SGD's peak, then a cosine; gradients are 1/α of the usual NT-Xent's", "> 0"),
+    "momentum": (0.9, "of SGD", ">= 0"),
+    "weight_decay": (1e-4, "of SGD, on all parameters", ">= 0"),
+    "backbone": ("resnet18", "a ResNet of torchvision, or resnet8, resnet10", RESNETS),
+    "stem": ("cifar", "cifar: 3×3, no stride, no pooling", ["cifar", "imagenet"]),
+    "projector": ([2048, 2048], "widths of its layers", ">= 1"),
+    "size": (32, "pixels of a crop's side", ">= 1"),
+    "crop_scale": ([0.08, 1.0], "smallest and largest share of the image in a crop", "> 0"),
+    "augmentations": (["flip", "color_jitter", "grayscale"],
+                      "after the crop, in this order", list(AUGMENTATIONS)),
+    "drop": ([], "augmentations to leave out (Fig. 3)", list(DROPPABLE)),
+    "add": ([], "augmentations to append (Fig. 3)", list(AUGMENTATIONS)),
+    "precision": ("float32", "of the network; bfloat16 on GPUs that compute in it",
+                  ["float32", "bfloat16"]),
+    "seed": (0, "of weights, order and views", ">= 0"),
+    "init": ("", "start from the backbone in this file, of balcon or of others", None),
+    "limit": (0, "train on this many images; --seed chooses them only with --subset", ">= 0"),
+    "subset": ("full", "lt: long-tailed as ImageNet-LT; uni: uniform of that size (A.3.4); "
+               "or a file that lists class/image in each line", None)}
 SETTING_GROUPS = {
-    "What makes the weights; must match when a run is resumed": {
-        "alpha": (2.0, "α, sharpness of the softmax over negatives: 1 / temperature", "> 0"),
-        "lam": (4.0, "λ, weight of repelling against attracting", ">= 0"),
-        "loss": ("balanced", "Eq. 17, or generalized NT-Xent", list(LOSSES)),
-        "similarity": ("cosine", "of projections (Table 1)", ["cosine", "dot", "euclidean"]),
-        "epochs": (200, "of pretraining; 0 evaluates the untrained backbone", ">= 0"),
-        "batch_size": (512, "images per step over all processes; twice as many views", ">= 2"),
-        "lr": (0.1, "SGD's peak, then a cosine; gradients are 1/α of the usual NT-Xent's", "> 0"),
-        "momentum": (0.9, "of SGD", ">= 0"),
-        "weight_decay": (1e-4, "of SGD, on all parameters", ">= 0"),
-        "backbone": ("resnet18", "a ResNet of torchvision, or resnet8, resnet10", RESNETS),
-        "stem": ("cifar", "cifar: 3×3, no stride, no pooling", ["cifar", "imagenet"]),
-        "projector": ([2048, 2048], "widths of its layers", ">= 1"),
-        "size": (32, "pixels of a crop's side", ">= 1"),
-        "crop_scale": ([0.08, 1.0], "smallest and largest share of the image in a crop", "> 0"),
-        "augmentations": (["flip", "color_jitter", "grayscale"],
-                          "after the crop, in this order", list(AUGMENTATIONS)),
-        "drop": ([], "augmentations to leave out (Fig. 3)", list(DROPPABLE)),
-        "add": ([], "augmentations to append (Fig. 3)", list(AUGMENTATIONS)),
-        "precision": ("float32", "of the network; bfloat16 on GPUs that compute in it",
-                      ["float32", "bfloat16"]),
-        "seed": (0, "of weights, order and views", ">= 0"),
-        "init": ("", "start from the backbone in this file, of balcon or of others", None),
-        "limit": (0, "train on this many images; --seed chooses them only with --subset", ">= 0"),
-        "subset": ("full", "lt: long-tailed as ImageNet-LT; uni: uniform of that size (A.3.4); "
-                   "or a file that lists class/image in each line", None)},
+    "What makes the weights; must match when a run is resumed": WEIGHT_SETTINGS,
     "Evaluation": {
         "eval": (["knn", "linear"], "what to measure; without names nothing",
                  ["knn", "linear", "bias", "bounds"]),
@@ -797,7 +798,7 @@ SETTING_GROUPS = {
                        ">= 0"),
         "workers": (8, "threads of each rank that read ImageNet; at most one a core", ">= 0")}}
 SETTINGS = {name: entry for group in SETTING_GROUPS.values() for name, entry in group.items()}
-MAKES_WEIGHTS = ["dataset", *list(SETTING_GROUPS.values())[0]]  # must match on resume
+MAKES_WEIGHTS = ["dataset", *WEIGHT_SETTINGS]  # must match on resume
 PHOTO_VIEWS = ["color_jitter", "grayscale", "gaussian_blur", "flip"]
 RECIPES = {  # what differs from the above
     "patterns": dict(  # ours: synthetic images, for the demonstration
