@@ -335,7 +335,7 @@ def stage_rows(stage):
 
 
 def finalists(stage):
-    """Rows (balanced with λ ≠ 1, SimCLR) of A2 or A3 once three seeds of both are there, or None."""
+    """Rows (balanced with λ ≠ 1, SimCLR) of A2 or A3 with three seeds or more, or None."""
     rows = {}
     for name, runs in by(select(stage=stage), "row").items():
         loss, lam = runs[0]["loss"], runs[0]["lam"]
