@@ -59,8 +59,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop, rg
 
 
 # ==========================================================================================
-# Part 1: the method. From the loss to an evaluated encoder. Of part 3 it uses `rng`, a random
-# generator made from a key; `to_device`; `gather_rows`, which joins what the ranks computed.
+# Part 1: the method. From the loss to an evaluated encoder. Of part 3 it uses mainly `rng`, a
+# random generator made from a key; `to_device`; `gather_rows`, which joins what ranks computed.
 # ==========================================================================================
 
 # ----------------------------------------- losses -----------------------------------------
@@ -83,11 +83,11 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
     SGD learning rate from the SimCLR literature by α, and divide its weight decay by α.
 
     With repel_positive=True this is generalized_nt_xent_loss. Raises ValueError for shapes other
-    than [m, d], integers, other similarities, α ≤ 0, λ < 0, or a batch of one image.
+    than [m, d], integers, two dtypes, other similarities, α ≤ 0, λ < 0, or a batch of one image.
     """
     alike = z1.shape == z2.shape and z1.dtype == z2.dtype
     if not alike or z1.dim() != 2 or not z1.is_floating_point():
-        raise ValueError(f"z1 and z2 must both be floating-point [m, d], not {z1.dtype} "
+        raise ValueError(f"z1 and z2 must be floating-point [m, d] of one dtype, not {z1.dtype} "
                          f"{[*z1.shape]} and {z2.dtype} {[*z2.shape]}")
     if similarity not in ("cosine", "dot", "euclidean"):
         raise ValueError(f"similarity must be cosine, dot or euclidean, not {similarity!r}")
@@ -191,7 +191,7 @@ def grayscale(x, t):
 def color_jitter(x, t):
     """Brightness, contrast, saturation and hue, in an order drawn once for the batch.
 
-    The first three draw a pixel towards something, or push it away from there.
+    The first three move a pixel towards the colour named below, or away from it.
     """
     factor = to_device(t.uniform("jitter factor", 0.6, 1.4, 3, 1, 1, 1), x.device)
     turn = to_device(t.uniform("hue", -0.1, 0.1, 1, 1, 1), x.device)
@@ -711,7 +711,8 @@ def measure_bounds(encoder, train, cfg):
     attract_gap, attract_fails    Eq. 8, Theorem 4.4
     repel_gap, repel_fails        Eq. 10, Theorem 4.6, with a t′ of its own for each bank image
     printed_gap, printed_fails    Eq. 10 as printed: one t′ for the whole bank, B's mean over K t′
-    angle, angle_over_90          in degrees, between f(t(x)) and the mean view; Assumption 4.3
+    angle                         mean angle between f(t(x)) and the mean view, in degrees
+    angle_over_90                 share of images with more than 90°, which break Assumption 4.3
     nu                            ν: the weight λ of Eq. 17 is that of Eq. 2 divided by it
     b, b_negative                 B, and the share of images with B < 0
     """

@@ -634,6 +634,7 @@ def test_ctrl_c_while_images_are_read_does_not_wait_for_all_of_them(tmp_path, mo
         yield next(images)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(balcon, "cores", lambda: 2)
     monkeypatch.setattr(balcon, "read_image", slowly)
     monkeypatch.setattr(balcon, "progress", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -64,38 +64,44 @@ def search(stage, methods, rows):
 
 
 def finalists(methods, rows):
-    """(method, rate) of the best SimCLR, balanced loss with λ ≠ 1, and decoupled loss (λ = 1)."""
+    """{(loss, λ = 1): (method, rate) of the best}: SimCLR, balanced, and the decoupled loss."""
     best = {}
     for method in methods:
         rates = rates_of(method, rows)
         rate = max(rates, key=rates.get)
         kind = method[0], method[2] == 1
         best[kind] = max(best.get(kind, (0,)), (rates[rate], method, rate))
-    return [best[kind][1:] for kind in (("ntxent", True), ("balanced", False), ("balanced", True))]
+    return {kind: found[1:] for kind, found in best.items()}
 
 
 def plan(rows):
     """All runs, stage by stage; a stage needs the rows of the one before it that can change it."""
     missing = search("A1", METHODS, rows)
-    if any(not run["id"].startswith("A1-balanced-a4-l1-") for run in missing):  # no finalist
+    if any(not run["id"].startswith("A1-balanced-a4-l1-") for run in missing):  # not in A2
         return missing
-    (simclr, simclr_rate), (balanced, balanced_rate), _ = finalists(METHODS, rows)
+    best = finalists(METHODS, rows)
+    simclr, simclr_rate = best["ntxent", True]
+    balanced, balanced_rate = best["balanced", False]
     checks = [(("ntxent", *balanced[1:]), balanced_rate), (("balanced", *simclr[1:]), simclr_rate)]
     runs = [run_of("A2", *pair, seed, 4) for seed in range(6)
             for pair in ((simclr, simclr_rate), (balanced, balanced_rate))]
     runs += [run_of("A2", *pair, seed, 4) for seed in range(3) for pair in checks]
     added = search("A1b", ADDED, rows)
-    if added:
+    if added or missing:
         return [run for run in missing + runs + added if run["id"] not in rows]
-    *final, decoupled = finalists([*METHODS, *ADDED], rows)
+    best = finalists([*METHODS, *ADDED], rows)
+    final, decoupled = [best["ntxent", True], best["balanced", False]], best["balanced", True]
     known = {run["id"] for run in runs}
-    second = [run_of("A2b", *pair, seed, 4) for seed in range(6) for pair in [*final, decoupled]]
-    runs += [run for run in second if run["id"].replace("A2b", "A2") not in known]
+    for seed in range(6):
+        for pair in [*final, decoupled]:
+            in_a2 = run_of("A2", *pair, 0, 4)["id"] in known
+            run = run_of("A2" if in_a2 else "A2b", *pair, seed, 4)
+            runs += [run] * (run["id"] not in known)
     twenty = [run_of("A3", *pair, seed, 20) for seed in range(3) for pair in final]
     twenty[1]["argv"] += " --save-every 2"  # for Fig. 6
     b = [run_of("B", (loss, 8, 4), rate, 0, 20, " --save-every 2")
          for rate in (0.4, 0.2) for loss in ("ntxent", "balanced")]
-    runs = missing + runs + twenty[:2] + b + twenty[2:]
+    runs += twenty[:2] + b + twenty[2:]
     return [run for run in runs if run["id"] not in rows]
 
 

@@ -302,6 +302,8 @@ def lead_rows():
 # ------------------------------------------ QUESTIONS.md -------------------------------------
 NOT_YET = "*Not run yet.*\n"
 SEEDS = {"A2": 6, "A3": 3}  # of each finalist
+KINDS = {("ntxent", True): "simclr", ("balanced", False): "balanced",
+         ("balanced", True): "decoupled"}  # loss, λ = 1
 
 
 def validation_rows(stage="A1", methods=lane.METHODS):
@@ -350,7 +352,7 @@ def stage_verdict(stage):
     """Provisional as long as one of the finalists' seeds is missing."""
     pair = finalists(stage)
     missing = sum(SEEDS[stage] - len(row(name)) for name in pair)
-    late = f" (provisional: {missing} of {2 * SEEDS[stage]} runs are missing)" if missing else ""
+    late = f" (provisional; runs missing: {missing} of {2 * SEEDS[stage]})" if missing else ""
     return verdict_of(*pair, "linear") + late
 
 
@@ -361,24 +363,60 @@ def answer_to_a():
     stages = [stage for stage in SEEDS if found[stage]]
     if not stages:
         one, two = "four-balanced-a2-l4", "four-ntxent-a8-l1"
-        return {"evidence": "(2, 4) over NT-Xent (8, 1), 4 epochs, borrowed rates",
+        return {"plain": "Not known yet; the runs are under way.",
+                "evidence": "(2, 4) over NT-Xent (8, 1), 4 epochs, borrowed rates",
                 "n": f"{len(row(one))}, {len(row(two))}", "interval": compared(one, two, "linear"),
                 "verdict": f"open: {' and '.join(missing)} not run yet"}
     pairs = [found[stage] for stage in stages]
-    methods = " over ".join(row(name)[0]["method"] for name in pairs[0])
+    evidence = [f"{' over '.join(row(name)[0]['method'] for name in pair)}, {stage}"
+                for stage, pair in zip(stages, pairs)]
     verdicts = [f"{stage}: {stage_verdict(stage)}" for stage in stages]
     verdicts += [f"{stage}: not run yet, open" for stage in missing]
-    return {"evidence": f"{methods}, {' and '.join(stages)}",
+    last = f"{compared(*pairs[-1], 'linear')}, {verdicts[len(pairs) - 1]}"
+    return {"plain": f"{evidence[-1]}: {last}.",
+            "evidence": "; ".join(evidence),
             "n": "; ".join(f"{len(row(one))}, {len(row(two))}" for one, two in pairs),
             "interval": "; ".join(compared(*pair, "linear") for pair in pairs),
             "verdict": "; ".join(verdicts)}
+
+
+def best_of_search(rows):
+    """The best cells of A1 and A1b by validation accuracy, as far as there are runs."""
+    found = {}
+    searched = [method for method in [*lane.METHODS, *lane.ADDED] if lane.rates_of(method, rows)]
+    for kind, (method, rate) in lane.finalists(searched, rows).items():
+        name = KINDS[kind]
+        loss, alpha, lam = method
+        found[f"best/{name}"] = f"({alpha}, {lam})"
+        found[f"best/{name}/tau"] = f"1/{alpha}"
+        found[f"best/{name}/linear"] = number(lane.rates_of(method, rows)[rate])
+    return found
+
+
+def second_pair(rows):
+    """The best of A1 and A1b in each kind, compared by their runs of A2 and A2b."""
+    wait = {"A2b/difference": "not run yet", "A2b/decoupled": "not run yet"}
+    if not rows or lane.search("A1b", lane.ADDED, rows) or lane.search("A1", lane.METHODS, rows):
+        return wait
+    names = {}
+    for kind, pair in lane.finalists([*lane.METHODS, *lane.ADDED], rows).items():
+        ids = [lane.run_of(stage, *pair, 0, 4)["id"].removesuffix("-s0") for stage in ("A2", "A2b")]
+        names[KINDS[kind]] = [name for name in ids if len(select(row=name)) == SEEDS["A2"]]
+    for key, other in (("difference", "simclr"), ("decoupled", "decoupled")):
+        if names["balanced"] and names[other]:
+            pair = names["balanced"][0], names[other][0]
+            methods = " over ".join(row(name)[0]["method"] for name in pair)
+            wait[f"A2b/{key}"] = (f"{methods}: {compared(*pair, 'linear')}, "
+                                  f"{verdict_of(*pair, 'linear')}")
+    return wait
 
 
 def question_figures():
     found = {f"A/{name}": text for name, text in answer_to_a().items()}
     for stage in ("A1", "A1b", "A2", "A2b", "A3", "B"):
         found[f"{stage}/runs"] = str(len(select(stage=stage)))
-    rows = {run["id"]: run for run in select(stage="A1")}
+    rows = {run["id"]: run for run in select(stage="A1") + select(stage="A1b")}
+    found |= best_of_search(rows) | second_pair(rows)
     found["A1/state"] = "not finished yet: runs are added until each best rate is interior"
     if rows and not lane.search("A1", lane.METHODS, rows):
         found["A1/state"] = "finished"

@@ -120,8 +120,9 @@ def comparable(run):
 def spread(name, field):
     """Pooled SD of one run and its degrees of freedom: over all trained rows of the same preset,
     stage and number of epochs."""
-    kind = comparable(row(name)[0])
-    trained = [run for run in RUNS if comparable(run) == kind and run["epochs"] and field in run]
+    kind, stage = comparable(row(name)[0]), row(name)[0].get("stage", "")
+    trained = [run for run in RUNS if comparable(run) == kind and run["epochs"] and field in run
+               and run.get("stage", "") <= stage]  # A2b adds to A2, and changes no interval of it
     groups = by(trained, "row").values()
     return pooled_sd([[run[field] for run in runs] for runs in groups])
 
@@ -132,7 +133,8 @@ def difference(one, two, field):
     second = values(two, field)
     if comparable(row(one)[0]) != comparable(row(two)[0]):
         raise ValueError(f"{one} and {two} are not of one preset and number of epochs")
-    return np.mean(first) - np.mean(second), half_width(*spread(one, field), len(first),
+    later = max(one, two, key=lambda name: row(name)[0].get("stage", ""))
+    return np.mean(first) - np.mean(second), half_width(*spread(later, field), len(first),
                                                         len(second))
 
 

@@ -520,7 +520,7 @@ def lane_rows(stage, epochs, **figures):
         loss, alpha, lam = method.split("_")
         for seed, accuracy in enumerate(accuracies):
             line = {"id": f"{stage}-{loss}-a{alpha}-l{lam}-lr{rate}-s{seed}", "stage": stage,
-                    "preset": "HV" if stage == "A1" else "H", "seed": seed, "git": "x",
+                    "preset": "HV" if stage[:2] == "A1" else "H", "seed": seed, "git": "x",
                     "argv": f"--loss {loss} --alpha {alpha} --lam {lam} --lr {rate} "
                             f"--epochs {epochs}",
                     "steps": 1, "linear": accuracy, "knn1": 1.0, "knn10": 2.0, "pflop": 0.1}
@@ -575,7 +575,7 @@ def test_the_answer_is_the_verdict_on_the_finalists_of_a2_and_a3(with_rows):
     with_rows([run for run in two if run["seed"] < 2])
     assert page.derived()["A/verdict"] == "open: A2 and A3 not run yet"
     with_rows([run for run in two if run["id"] != "A2-balanced-a2-l4-lr0.8-s5"])
-    late = "A2: better (provisional: 1 of 12 runs are missing); A3: not run yet, open"
+    late = "A2: better (provisional; runs missing: 1 of 12); A3: not run yet, open"
     assert page.derived()["A/verdict"] == late and page.derived()["A/n"] == "5, 6"
     with_rows(two)
     squares = 2 * 2 * 2 + 2 * 2  # of 6 + 6 + 3 + 3 accuracies around their means
@@ -590,6 +590,35 @@ def test_the_answer_is_the_verdict_on_the_finalists_of_a2_and_a3(with_rows):
     assert page.derived()["A3/difference"].startswith("0.10 [") and len(page.stage_rows("A3")) == 3
     points = {label: (mean, half) for label, _, mean, half in figures.answer_points()}
     assert points["balanced (2, 4)"][0] == 64 and points["SimCLR, τ = 1/8"][0] == 61
+
+
+def test_the_best_cells_of_the_search_and_their_second_pair(with_rows):
+    def searched(stage, methods, best):
+        return [lane_rows(stage, 2, **{f"{loss}_{alpha}_{lam}": (
+            f"{middle * factor:g}", [best.get((loss, alpha, lam), 50) - less])})
+            for (loss, alpha, lam), middle in methods.items()
+            for factor, less in ((0.5, 1), (1, 0), (2, 2))]
+
+    first = searched("A1", lane.METHODS, {("ntxent", 16, 1): 61, ("balanced", 4, 2): 60})
+    with_rows(*first)
+    found = page.derived()
+    assert (found["best/simclr"], found["best/simclr/tau"]) == ("(16, 1)", "1/16")
+    assert (found["best/balanced"], found["best/balanced/linear"]) == ("(4, 2)", "60.00")
+    assert found["A1/state"] == "finished" and found["A2b/difference"] == "not run yet"
+    first += searched("A1b", lane.ADDED, {("balanced", 8, 2): 62, ("balanced", 8, 1): 60.5})
+    two = lane_rows("A2", 4, ntxent_16_1=("0.2", [60, 61, 62, 60, 61, 62]),
+                    balanced_4_2=("0.4", [63, 64, 65, 63, 64, 65]))
+    with_rows(*first, two)
+    assert page.derived()["best/balanced"] == "(8, 2)"
+    assert page.derived()["A2b/difference"] == "not run yet"  # its seeds are missing
+    before = page.compared("A2-balanced-a4-l2-lr0.4", "A2-ntxent-a16-l1-lr0.2", "linear")
+    second = lane_rows("A2b", 4, balanced_8_2=("0.8", [65.0] * 6), balanced_8_1=("0.8", [60.0] * 6))
+    with_rows(*first, two, second)
+    half = page.t_quantile(20) * math.sqrt(8 / 20 / 3)  # the squares of A2, over 20 freedoms
+    expected = f"4.00 [{4 - half:.2f}, {4 + half:.2f}], better"
+    assert page.derived()["A2b/difference"] == f"balanced (8, 2) over NT-Xent (16, 1): {expected}"
+    assert page.derived()["A2b/decoupled"].startswith("balanced (8, 2) over balanced (8, 1): 5.00")
+    assert before == page.compared("A2-balanced-a4-l2-lr0.4", "A2-ntxent-a16-l1-lr0.2", "linear")
 
 
 def c_lines(stage="C", preset="C", more="", **figures):
