@@ -1,7 +1,7 @@
 """Draws product.svg, bounds.svg and answer.svg. Needs matplotlib."""
 import numpy as np
 from page import CONTROLS
-from runs import HERE, LOSSES, NAMES, grid, row, select, spread, values
+from runs import HERE, LOSSES, NAMES, grid, method_of, row, select, spread, values
 from stats import half_width
 
 
@@ -43,11 +43,8 @@ def answer_points():
     for loss, alpha, lam in sorted(chosen, key=lambda cell: (cell[0] == "balanced", *cell[1:])):
         name = chosen[loss, alpha, lam]
         known = values(name, "linear")
-        label = f"{NAMES[loss]} ({alpha:g}, {lam:g})"
-        if loss == "ntxent" and lam == 1:
-            label = f"SimCLR, τ = 1/{alpha:g}"
         colour = "C0" if loss == "ntxent" else "C1"
-        points.append((label, colour, np.mean(known),
+        points.append((method_of(row(name)[0]), colour, np.mean(known),
                        half_width(*spread(name, "linear"), len(known))))
     return points
 

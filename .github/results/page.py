@@ -19,8 +19,8 @@ import lane
 import numpy as np
 import question_c
 from report import markdown
-from runs import (HEADER, HERE, LOSSES, NAMES, PAPER, RUNS, by, difference, grid, grid_runs, row,
-                  select, spread, values, verdict_of)
+from runs import (HEADER, HERE, LOSSES, NAMES, PAPER, RUNS, by, difference, grid, grid_runs,
+                  method_of, row, select, spread, values, verdict_of)
 from stats import (best_positive_similarity, correlation, exponent_scores, fit, half_width, models,
                    p_of_alpha, p_value, pooled_sd, t_quantile, verdict,
                    welch_half_width)
@@ -236,6 +236,21 @@ def scale_text(name):
             f"{number(run['pflop_percent'])} % of the compute")
 
 
+def first_rows():
+    """README's first table: linear accuracy, and whose rate was searched for."""
+    rows = [["", "untrained"], ["linear accuracy, %", show(row("own-untrained"), "linear")],
+            ["seeds", "1"], ["learning rate", "–"]]
+    names = [(f"four-{name}", kind) for name, kind in (
+        ("ntxent-a2-l1", "borrowed"), ("ntxent-a8-l1", "borrowed"), ("balanced-a2-l4", "own"))]
+    names += [(name, "own") for name in (finalists("A2") or ())[::-1]]
+    for name, kind in names:
+        runs = row(name)
+        cells = method_of(runs[0]), show(runs, "linear"), show(runs, "runs"), kind
+        for line, cell in zip(rows, cells):
+            line.append(cell)
+    return rows
+
+
 def main_rows():
     """Preset H after 4 and 20 epochs, and the controls without training."""
     scales = [f"{epochs} epochs, {scale_text(f'{name}-balanced-a2-l4')}"
@@ -372,8 +387,11 @@ def answer_to_a():
                 for stage, pair in zip(stages, pairs)]
     verdicts = [f"{stage}: {stage_verdict(stage)}" for stage in stages]
     verdicts += [f"{stage}: not run yet, open" for stage in missing]
-    last = f"{compared(*pairs[-1], 'linear')}, {verdicts[len(pairs) - 1]}"
-    return {"plain": f"{evidence[-1]}: {last}.",
+    one, two = map(row, pairs[-1])
+    return {"plain": f"After {one[0]['epochs']:g} epochs {method_of(one[0])} minus "
+                     f"{method_of(two[0])}, each at its own rate, is "
+                     f"{compared(*pairs[-1], 'linear')} points, n = {len(one)} and {len(two)}: "
+                     f"*{stage_verdict(stages[-1])}*.",
             "evidence": "; ".join(evidence),
             "n": "; ".join(f"{len(row(one))}, {len(row(two))}" for one, two in pairs),
             "interval": "; ".join(compared(*pair, "linear") for pair in pairs),
@@ -761,7 +779,8 @@ def item_rows():
 
 TABLES = {
     **{name: functools.partial(rows_of, name) for name in ROW_TABLES},
-    "main": main_rows, "own": own_rows, "leads": lead_rows, "A1": validation_rows,
+    "first": first_rows, "main": main_rows, "own": own_rows, "leads": lead_rows,
+    "A1": validation_rows,
     "A1b": functools.partial(validation_rows, "A1b", lane.ADDED),
     **{stage: functools.partial(stage_rows, stage) for stage in ("A2", "A2b", "A3", "B")},
     "C": c_rows, "C theory": c_theory_rows, "C bias": c_bias_rows,

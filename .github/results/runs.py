@@ -87,6 +87,13 @@ def select(**wanted):
     return [run for run in RUNS if all(run.get(key) == value for key, value in wanted.items())]
 
 
+def method_of(run):
+    """A run's method, where NT-Xent with λ = 1 is called SimCLR."""
+    if run["loss"] == "ntxent" and run["lam"] == 1:
+        return f"SimCLR, τ = 1/{run['alpha']:g}"
+    return f"{NAMES[run['loss']]} ({run['alpha']:g}, {run['lam']:g})"
+
+
 def by(runs, *fields):
     """{values of the fields: runs that share them}, in the order of the file."""
     groups = {}

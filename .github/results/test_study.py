@@ -575,6 +575,11 @@ def test_the_answer_is_the_verdict_on_the_finalists_of_a2_and_a3(with_rows):
     with_rows([run for run in two if run["seed"] < 2])
     assert page.derived()["A/verdict"] == "open: A2 and A3 not run yet"
     with_rows([run for run in two if run["id"] != "A2-balanced-a2-l4-lr0.8-s5"])
+    assert page.first_rows()[0][-2:] == ["SimCLR, τ = 1/8", "balanced (2, 4)"]
+    assert page.first_rows()[1][-2:] == ["61.00", "63.80"]
+    assert [line[-2:] for line in page.first_rows()[2:]] == [["6", "5"], ["own", "own"]]
+    plain = page.derived()["A/plain"]
+    assert "4 epochs balanced (2, 4) minus SimCLR, τ = 1/8, " in plain and "n = 5 and 6" in plain
     late = "A2: better (provisional; runs missing: 1 of 12); A3: not run yet, open"
     assert page.derived()["A/verdict"] == late and page.derived()["A/n"] == "5, 6"
     with_rows(two)
