@@ -316,6 +316,8 @@ def lead_rows():
 
 # ------------------------------------------ QUESTIONS.md -------------------------------------
 NOT_YET = "*Not run yet.*\n"
+ANSWERS = {"better": "Yes", "level": "No, they are level", "worse": "No, it is worse",
+           "open": "Open"}
 SEEDS = {"A2": 6, "A3": 3}  # of each finalist
 KINDS = {("ntxent", True): "simclr", ("balanced", False): "balanced",
          ("balanced", True): "decoupled"}  # loss, λ = 1
@@ -378,7 +380,7 @@ def answer_to_a():
     stages = [stage for stage in SEEDS if found[stage]]
     if not stages:
         one, two = "four-balanced-a2-l4", "four-ntxent-a8-l1"
-        return {"plain": "Not known yet; the runs are under way.",
+        return {"headline": "Not known yet.", "plain": "The runs are under way.",
                 "evidence": "(2, 4) over NT-Xent (8, 1), 4 epochs, borrowed rates",
                 "n": f"{len(row(one))}, {len(row(two))}", "interval": compared(one, two, "linear"),
                 "verdict": f"open: {' and '.join(missing)} not run yet"}
@@ -388,10 +390,12 @@ def answer_to_a():
     verdicts = [f"{stage}: {stage_verdict(stage)}" for stage in stages]
     verdicts += [f"{stage}: not run yet, open" for stage in missing]
     one, two = map(row, pairs[-1])
-    return {"plain": f"After {one[0]['epochs']:g} epochs {method_of(one[0])} minus "
+    last = stage_verdict(stages[-1])
+    return {"headline": ANSWERS[last.split()[0]] + (", so far." if "(" in last else "."),
+            "plain": f"After {one[0]['epochs']:g} epochs {method_of(one[0])} minus "
                      f"{method_of(two[0])}, each at its own rate, is "
-                     f"{compared(*pairs[-1], 'linear')} points, n = {len(one)} and {len(two)}: "
-                     f"*{stage_verdict(stages[-1])}*.",
+                     f"{compared(*pairs[-1], 'linear')} points (95 % interval), "
+                     f"n = {len(one)} and {len(two)}: *{last}*.",
             "evidence": "; ".join(evidence),
             "n": "; ".join(f"{len(row(one))}, {len(row(two))}" for one, two in pairs),
             "interval": "; ".join(compared(*pair, "linear") for pair in pairs),

@@ -269,7 +269,7 @@ def falsified(tmp_path, monkeypatch, name, change):
 @pytest.mark.parametrize("name, pattern, replacement", [
     ("RESULTS", r"63\.57( +\| 70)", r"63.75\1"),  # a figure of a table
     ("RESULTS", r"\[4\.75, 6\.68\]", "[4.75, 6.86]"),  # an interval
-    ("RESULTS", r"−0\.577", "−0.477"), ("RESULTS", r"open: A2", "better: A2"),
+    ("RESULTS", r"−0\.577", "−0.477"), ("RESULTS", r"A2: level", "A2: better"),
     ("RESULTS", r"\| untrained .*\n", ""), ("RESULTS", r"\Z", "more\n"),
     ("APPENDIX", r"(\| base +\| 2 \| )34\.22( +\| )44\.85", r"\g<1>44.85\g<2>34.22"),
     ("APPENDIX", r"R² is 0\.20", "R² is high")])
@@ -579,6 +579,7 @@ def test_the_answer_is_the_verdict_on_the_finalists_of_a2_and_a3(with_rows):
     assert page.first_rows()[1][-2:] == ["61.00", "63.80"]
     assert [line[-2:] for line in page.first_rows()[2:]] == [["6", "5"], ["own", "own"]]
     plain = page.derived()["A/plain"]
+    assert page.derived()["A/headline"] == "Yes, so far."
     assert "4 epochs balanced (2, 4) minus SimCLR, τ = 1/8, " in plain and "n = 5 and 6" in plain
     late = "A2: better (provisional; runs missing: 1 of 12); A3: not run yet, open"
     assert page.derived()["A/verdict"] == late and page.derived()["A/n"] == "5, 6"
@@ -592,6 +593,7 @@ def test_the_answer_is_the_verdict_on_the_finalists_of_a2_and_a3(with_rows):
                       balanced_2_4=(0.8, [70.1, 70.2, 70.3]))
     with_rows(two, three)
     assert page.answer_to_a()["verdict"] == "A2: better; A3: level"
+    assert page.answer_to_a()["headline"] == "No, they are level."
     assert page.derived()["A3/difference"].startswith("0.10 [") and len(page.stage_rows("A3")) == 3
     points = {label: (mean, half) for label, _, mean, half in figures.answer_points()}
     assert points["balanced (2, 4)"][0] == 64 and points["SimCLR, τ = 1/8"][0] == 61
