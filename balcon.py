@@ -85,8 +85,7 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
     With repel_positive=True this is generalized_nt_xent_loss. Raises ValueError for shapes other
     than [m, d], integers, two dtypes, other similarities, α ≤ 0, λ < 0, or a batch of one image.
     """
-    alike = z1.shape == z2.shape and z1.dtype == z2.dtype
-    if not alike or z1.dim() != 2 or not z1.is_floating_point():
+    if z1.shape != z2.shape or z1.dtype != z2.dtype or z1.dim() != 2 or not z1.is_floating_point():
         raise ValueError(f"z1 and z2 must be floating-point [m, d] of one dtype, not {z1.dtype} "
                          f"{[*z1.shape]} and {z2.dtype} {[*z2.shape]}")
     if similarity not in ("cosine", "dot", "euclidean"):
