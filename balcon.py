@@ -55,7 +55,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
-from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop, rgb_to_grayscale
+from torchvision.transforms.v2.functional import (center_crop, pil_to_tensor, resized_crop,
+                                                  rgb_to_grayscale)
 
 
 # ==========================================================================================
@@ -75,12 +76,12 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
     similarity: "cosine", or "dot" or "euclidean" (negative squared distance, footnote 3) of the
     projections without normalising them. Computed in float32 at least, also under autocast.
 
-    Under torch.distributed, with R ranks, the 2m anchors are this rank's own, and the 2(Rm−1)
-    negatives come from all ranks. m must be equal on all ranks. DDP's averaged gradient is that of
-    one process with the whole batch. With all_ranks=False each rank computes alone.
+    Under torch.distributed, with R ranks, m is this rank's share of the batch, equal on all ranks:
+    the 2m anchors are its own, the 2(Rm−1) negatives come from all. DDP's averaged gradient is that
+    of one process with the whole batch. With all_ranks=False each rank computes alone.
 
-    Gradients are 1/α of those of NT-Xent as usually written, with temperature 1/α: multiply an
-    SGD learning rate from the SimCLR literature by α, and divide its weight decay by α.
+    A loss in the usual form, a cross-entropy of logits α s, is α times this one: multiply an SGD
+    learning rate from the SimCLR literature by α, and divide its weight decay by α.
 
     With repel_positive=True this is generalized_nt_xent_loss. Raises ValueError for shapes other
     than [m, d], integers, two dtypes, other similarities, α ≤ 0, λ < 0, or a batch of one image.
@@ -147,7 +148,8 @@ def generalized_nt_xent_loss(z1, z2, alpha, lam, similarity="cosine", *, all_ran
 
 
 def loss_floor(m, alpha, lam):
-    """Minimum of Eq. 17 for cosine similarity and m ≥ 2 images; a lower bound if d < m − 1.
+    """Minimum of Eq. 17 for cosine similarity and m ≥ 2 images over all ranks; a lower bound if
+    d < m − 1.
 
     The log-sum-exp is at least that of equal similarities (Jensen), and Σᵢⱼ zᵢ·zⱼ ≥ 0 keeps the
     mean negative similarity at −1/(m−1) or above. Both are equalities iff the two views of each
@@ -161,7 +163,8 @@ LOSSES = {"balanced": balanced_contrastive_loss, "ntxent": generalized_nt_xent_l
 
 # ----------------------------------------- views ------------------------------------------
 class Draw(namedtuple("Draw", "key views_in_batch rows")):
-    """The random numbers that make t ~ T for each view of a batch. `rows`: the views to draw for.
+    """The random numbers that make t ~ T for each view of a batch: views_in_batch of all ranks, of
+    which `rows` are asked for. `key`: the seed, what the batch is for, and the step.
 
     They depend on the key, their name and the view's place in the batch only. So the same key gives
     the same t to other images (Eq. 51). Every rank draws for all views of the batch and uses its
@@ -210,7 +213,7 @@ def color_jitter(x, t):
 def turn_hue(x, turn):
     """x: [n, 3, H, W]; turn: [n, 1, 1, 1], in turns of the colour circle, at most a third.
 
-    Hue (as in HSV) is an angle in sixths of a turn: red is 0, green 2, blue 4. The brightest
+    Hue (as in HSV) runs from 0 to 6 around the circle: red is 0, green 2, blue 4. The brightest
     channel tells which of these is nearest, the difference of the other two how far away it is.
     """
     red, green, blue = x.split(1, 1)
@@ -220,14 +223,15 @@ def turn_hue(x, turn):
     hue = torch.where(value == red, green - blue, hue) / chroma.clamp(min=1e-12)
     # Back to RGB: a channel is brightest where the hue is within 1 of its own, and darkest from a
     # distance of 2 on. 3 − |difference − 3| is the distance on the circle: a difference of 5 is 1.
+    # (Beyond 6 it is negative, and the distance within 1: brightest, too.)
     own_hue = torch.arange(0, 6, 2, device=x.device)[:, None, None]
     difference = (hue + (6 * turn - own_hue)).abs()  # [n, 3, H, W]
     return value - chroma * (2 - (difference - 3).abs()).clamp_(0, 1)
 
 
 def gaussian_blur(x, t):
-    """σ from 0.1 to 2 pixels. The kernel has 23 pixels, SimCLR's tenth of 224, or less than twice a
-    smaller image's side."""
+    """σ from 0.1 to 2 pixels. The kernel has 23 pixels, SimCLR's tenth of 224; on images of a side
+    S < 12 it has 2S − 1."""
     n = len(x)
     radius = min(11, x.shape[-1] - 1)
     sigma = to_device(t.uniform("sigma", 0.1, 2, 1), x.device)  # [n, 1]
@@ -242,7 +246,7 @@ def gaussian_blur(x, t):
 
 # The paper names the next three without parameters; these are ours.
 def random_cutout(x, t):
-    """A square of half the side, clipped at the image's border, becomes the mean colour."""
+    """A square of half the side, clipped at the image's border, gets the colour MEAN (below)."""
     side = x.shape[-1]
     corner = (side * t.uniform("cutout", 0, 1, 2, 1)).floor() - side // 4  # [n, 2, 1]: top, left
     pixel = torch.arange(side)
@@ -294,8 +298,8 @@ def augment(x, t, names):
 def random_crop_boxes(t, shape, scale):
     """Boxes [n, 4] (top, left, height, width) in whole pixels, as RandomResizedCrop draws them.
 
-    shape: [n, 2], height and width of each image. It is the first of ten random boxes that fits
-    into the image, or else the largest central one with an aspect ratio between 3/4 and 4/3.
+    shape: [n, 2], height and width of each image. Its box is the first of ten random ones that fits
+    into it, or else the largest central one with an aspect ratio between 3/4 and 4/3.
     """
     height, width = shape.float()[:, :, None].unbind(1)  # [n, 1] each
     area = t.uniform("area", *scale, 10) * height * width  # [n, 10]
@@ -381,7 +385,7 @@ class Images:
 
         x: [n·b, 3, size, size], normalised. It holds n views of each of this rank's b images,
         first the first view of all, then the second. Without `views` it holds the b images. With
-        one_t there is one t for everything.
+        one_t there is one t for all images of all steps.
         """
         def request(step, rows):
             m = len(rows)
@@ -435,7 +439,8 @@ class Encoder(nn.Module):
         layers = []
         for inputs, outputs in zip([width, *widths], widths):
             layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
-        layers[-2:] = [nn.BatchNorm1d(outputs, affine=False)]  # no ReLU (A.3.1); no affine is ours
+        # The last layer has no ReLU (A.3.1), nor a learned scale and shift (ours).
+        layers[-2:] = [nn.BatchNorm1d(outputs, affine=False)]
         self.backbone = net
         self.projector = nn.Sequential(*layers)
 
@@ -448,7 +453,8 @@ def cosine_lr(peak, step, total):
     return peak * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
-def autocast(device, cfg):  # of the network; the losses compute in float32 even then
+def autocast(device, cfg):
+    """For the network. The losses compute in float32 even then."""
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16")
 
 
@@ -545,7 +551,7 @@ def linear_predict(train_features, train_labels, test_features, l2):
 
 def train_on_crops(backbone, width, train, cfg):
     """A linear classifier on the frozen backbone (A.3.1, A.4.1), trained in every epoch on a fresh
-    crop and flip of each image.
+    crop and flip of each image (ours: the paper names no views here).
 
     Each rank passes its share of a batch through the backbone, then all make the same step.
     """
@@ -627,9 +633,9 @@ def class_means(x, labels):
 def mean_length(gaps):
     """Mean distance between two expectations over T, extrapolated to infinitely many views.
 
-    gaps: [N, 2, d], their difference, estimated from each half of K views. Noise adds about c/K to
-    the squared length L² with K views, 2c/K with K/2. So 2(L² + c/K) − (L² + 2c/K) is L²
-    (Richardson extrapolation), if the N lengths are similar.
+    gaps: [N, 2, d], for each of N images their difference, estimated from either half of its K
+    views. Noise adds about c/K to the squared length L² with K views, 2c/K with K/2. So
+    2(L² + c/K) − (L² + 2c/K) is L² (Richardson extrapolation), if the N lengths are similar.
     """
     whole = gaps.mean(1).norm(dim=1).mean()
     half = gaps.norm(dim=2).mean()
@@ -645,7 +651,8 @@ def eq16(halves, labels):
 
 
 def measure_bias(encoder, train, cfg):
-    """Eq. 51, the paper's estimate of the bias, and Eq. 16, the bias, in three spaces (A.3.2).
+    """Eq. 51, the paper's estimate of the bias, and Eq. 16, the bias (A.3.2), of unit projections
+    and, as raw_… and features_…, of raw projections and of the backbone's features.
 
     Eq. 51 applies the same t to an image and to another one of its class; by Jensen's inequality
     it is an upper bound of Eq. 16. Both grow with the scale of the space, so there are
@@ -686,10 +693,10 @@ def theorem_sides(anchor, mean_view, bank, labels, alpha):
     anchor, bank: [N, d], one view of each image, drawn independently; mean_view: [N, d], E f(T(x)).
     Each image of the bank has its own t′.
 
-    Theorem 4.6 bounds max over y′ ≠ y of s(f, prototype of y′) by B/ν. In Case 1 of its proof that
-    maximum is not positive, and Eq. 38 multiplies it by 1/ν ≥ 1, which makes it smaller instead of
-    larger. So the bound holds where B ≥ 0 (sufficient, not necessary; α ≤ log C is enough), and
-    max(B, B/ν) always.
+    Theorem 4.6 bounds max over y′ ≠ y of s(f, prototype of y′) by B/ν. In Case 1 of its proof the
+    largest product with a prototype is not positive, and Eq. 38 multiplies it by 1/ν ≥ 1: that
+    makes it smaller, where the bound needs it larger. So the bound holds where B ≥ 0 (sufficient,
+    not necessary; α ≤ log C is enough), and max(B, B/ν) always.
     """
     prototypes = class_means(bank, labels)  # [C, d]
     own_class = F.one_hot(labels, len(prototypes)).bool()  # [N, C]
@@ -712,7 +719,7 @@ def measure_bounds(encoder, train, cfg):
     printed_gap, printed_fails    Eq. 10 as printed: one t′ for the whole bank, B's mean over K t′
     angle                         mean angle between f(t(x)) and the mean view, in degrees
     angle_over_90                 share of images with more than 90°, which break Assumption 4.3
-    nu                            ν: the weight λ of Eq. 17 is that of Eq. 2 divided by it
+    nu                            smallest ν of all images: λ of Eq. 17 is that of Eq. 2 over ν
     b, b_negative                 B, and the share of images with B < 0
     """
     data, labels = theory_images(train, cfg)
@@ -733,7 +740,7 @@ def measure_bounds(encoder, train, cfg):
              "b_negative": percent(side["b"] < 0)}
     for name, gap in gaps.items():
         found[f"{name}_gap"] = gap.mean().item()
-        found[f"{name}_fails"] = percent(gap < -1e-6)
+        found[f"{name}_fails"] = percent(gap < -1e-6)  # more than rounding
     return found
 
 
@@ -864,7 +871,7 @@ def parse_flags(argv=None):
                 meaning += f" {{{', '.join(rule)}}}"
             section.add_argument(as_flag(name), **options, help=meaning + " (default: %(default)s)")
     first = parser.parse_known_args(argv)[0]  # --dataset and --checkpoint choose the defaults
-    saved = load_file(first.checkpoint).get("config", "") if first.checkpoint else {}
+    saved = load_file(first.checkpoint).get("config", {}) if first.checkpoint else {}
     if first.checkpoint and set(saved) != set(MAKES_WEIGHTS):
         refuse(f"{first.checkpoint} is no checkpoint of this version; --init takes its weights")
     dataset = saved.get("dataset", "patterns") if first.dataset is None else first.dataset
@@ -878,7 +885,7 @@ def parse_flags(argv=None):
     cfg, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        require_one_of([*map(as_flag, SETTINGS)], flag, f"there is no flag {flag}")
+        require_one_of(["--dataset", *map(as_flag, SETTINGS)], flag, f"there is no flag {flag}")
 
     dropped = sum((DROPPABLE.get(name, []) for name in cfg.drop), [])
     names = [name for name in cfg.augmentations if name not in dropped] + cfg.add
@@ -902,7 +909,10 @@ def default_out(cfg):
     else:
         words += [f"{key}-{vars(cfg)[key]}" for key in MAKES_WEIGHTS
                   if vars(cfg)[key] != recipe[key]]
-    return "runs/" + re.sub(r"[^\w.]+", "-", "_".join(words))[:100]
+    name = re.sub(r"[^\w.]+", "-", "_".join(words))
+    if len(name) > 100:  # file systems take 255 bytes
+        name = f"{name[:90]}-{digest([np.array(words)])[:9]}"
+    return f"runs/{name}"
 
 
 def as_flag(name):
@@ -1338,7 +1348,7 @@ def share_batch_norm_statistics(encoder):
 
 
 class LARS(torch.optim.SGD):
-    """SGD that scales the gradient of a weight matrix to 0.001 of the matrix's length (You et al.,
+    """SGD whose gradient of a weight matrix is scaled to 0.001 of that matrix's norm (You et al.,
     2017). Biases and other 1-d parameters are not scaled. No weight decay, as in SimSiam."""
 
     @torch.no_grad()
@@ -1551,8 +1561,8 @@ def hold_out(files):
 
 
 def read_image(file, pixels=1e12, side=1):
-    """An upright RGB image, reduced as far as it keeps this many pixels and its shorter side this
-    length. Transparency becomes white.
+    """An upright RGB image, reduced to no fewer than this many pixels and no shorter side than this
+    one. Transparency becomes white.
 
     Greys of more than 8 bits are refused: which value is white is not in the file.
     """
@@ -1582,25 +1592,29 @@ def read_image(file, pixels=1e12, side=1):
 def read_into_memory(files, size, *least):
     """Images: each file is read once, by threads, since Pillow decodes without Python's lock.
     Unreadable files are left out, unless they are more than a tenth."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each will hold all images
     limit = math.inf
     if hasattr(os, "sysconf"):
-        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / ranks
     images, side = [], 1
 
     def read(name):
         try:
-            return np.array(read_image(files.path(name), *least))
+            image = read_image(files.path(name), *least)
+            # A panorama loses its ends, since the longest side makes the square of all images.
+            longest = 3 * min(image.size)
+            return np.array(center_crop(image, [min(image.height, longest),
+                                                min(image.width, longest)]))
         except UserError as error:
             return str(error).removeprefix("cannot read ")
 
-    threads = cores() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # the other ranks wait
     # Closing `arrays` cancels what is not read yet: after Ctrl-C, or if memory is too small.
-    with (ThreadPoolExecutor(threads) as pool,
+    with (ThreadPoolExecutor(cores() * ranks) as pool,  # the other ranks wait
           contextlib.closing(pool.map(read, files.names)) as arrays):
         for image in progress("reading images", arrays, len(files)):
             images.append(image)
             if not isinstance(image, str):
-                side = max(side, *image.shape)
+                side = max(side, *image.shape[:2])
             if len(files) * 3 * side ** 2 > limit:
                 refuse(f"{len(files)} images of {side}×{side} pixels do not fit into memory: "
                        "--dataset imagenet reads them from disk, in every epoch")

@@ -340,6 +340,16 @@ def test_an_augmentation_changes_its_share_of_the_images_and_the_same_ones_of_ot
     assert torch.equal(*changed)
 
 
+def test_every_number_has_a_name_of_its_own(monkeypatch):
+    names, uniform = [], balcon.Draw.uniform
+    monkeypatch.setattr(balcon.Draw, "uniform", lambda t, name, *more:
+                        names.append(name) or uniform(t, name, *more))
+    t = balcon.Draw(("key",), 99, torch.arange(99))
+    balcon.random_crop_boxes(t, torch.full((99, 2), 8), (0.2, 1))
+    balcon.augment(pixels(99, 8), t, list(PROBABILITIES))
+    assert len(names) == len(set(names)) == 3 + 7 + 6
+
+
 def test_augmentations_come_in_the_order_of_their_names():
     shares = []
     for names in (["random_cutout", "grayscale"], ["grayscale", "random_cutout"]):
@@ -421,6 +431,10 @@ def test_one_two_and_three_ranks_see_the_same_views_of_random_resized_crop(
             expected = TF.center_crop(images[row], [round(0.875 * min(images[row].shape[1:]))])
             expected = TF.normalize(TF.resize(expected, [16, 16]), MEAN, STD)
             assert (centre - expected).abs().mean() < 0.02
+    pretend_ranks(0, 1)
+    for part, chosen in ((data, rows), (data.select(rows), torch.arange(5))):
+        (_, seen), = part.batches([(3, chosen)])
+        assert torch.equal(seen[2::3], got)  # got: of the third of three ranks
 
 
 def crops_of(images, t, scale, size):
@@ -461,16 +475,22 @@ CIFAR = dict(
     alpha=2, lam=4, epochs=200, batch_size=512, lr=0.1, momentum=0.9, weight_decay=1e-4, size=32,
     backbone="resnet18", stem="cifar", projector=[2048, 2048], crop_scale=[0.08, 1],
     augmentations=["flip", "color_jitter", "grayscale"], k=[1, 10], probe="crops",
-    probe_epochs=90, probe_optimizer="sgd", probe_lr=30, probe_batch=256, probe_l2=0.03)
+    probe_epochs=90, probe_optimizer="sgd", probe_lr=30, probe_batch=256, probe_l2=0.03,
+    theory_images=50_000, theory_views=10, eval=["knn", "linear"], baseline=True)
 IMAGENET = CIFAR | dict(
     alpha=4, lam=2, epochs=100, backbone="resnet50", stem="imagenet", projector=[2048] * 3,
     size=224, crop_scale=[0.2, 1], k=[200], probe_optimizer="lars", probe_lr=0.1, probe_batch=4096,
-    augmentations=["color_jitter", "grayscale", "gaussian_blur", "flip"])
+    augmentations=["color_jitter", "grayscale", "gaussian_blur", "flip"], baseline=False)
 RECIPES = {
     "cifar10": CIFAR, "cifar100": CIFAR, "imagenet": IMAGENET,
     "stl10": CIFAR | {"stem": "imagenet", "size": 96},
-    "folder": dict(backbone="resnet18", size=128, batch_size=128, probe="features", k=[5]),
-    "patterns": dict(alpha=4, lam=2, size=24, probe="features", probe_l2=0.03, k=[5])}
+    "folder": IMAGENET | dict(
+        backbone="resnet18", size=128, batch_size=128, projector=[512, 128], k=[5], baseline=True,
+        probe="features", probe_optimizer="sgd", probe_lr=30, probe_batch=256),
+    "patterns": CIFAR | dict(
+        alpha=4, lam=2, size=24, epochs=5, batch_size=64, lr=0.5, backbone="resnet8",
+        stem="imagenet", projector=[512, 128], crop_scale=[0.4, 1], k=[5], probe="features",
+        theory_images=256, theory_views=4, eval=["knn", "linear", "bias", "bounds"])}
 
 
 @pytest.mark.parametrize("dataset", RECIPES)
@@ -602,6 +622,15 @@ def test_reading_at_reduced_size_never_enlarges_a_crop(shape, scale, tmp_path):
     assert train.shapes.prod() < 32 ** 2 * 9 or train.shapes.amin() < 40
 
 
+def test_a_panorama_loses_its_ends_and_does_not_enlarge_the_memory_of_all(tmp_path):
+    ramp = np.arange(900, dtype=np.uint32).repeat(30).reshape(900, 30) * 255 // 899
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "a.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
+    train, _ = loaded(tmp_path, "--size", "32")
+    assert train.pixels.shape[-1] == 90 and train.shapes.tolist() == [[90, 30], [30, 40]]
+    assert_close(train.pixels[0, :, :, 0].float().mean(1), torch.full((3,), 127.5), 2)
+
+
 def test_unreadable_files_are_left_out_and_named_up_to_a_tenth(tmp_path, capsys):
     put_images(tmp_path, "  ".join(f"{'ab'[i % 2]}/{i:02}.png" for i in range(40)))
     broken = {"a/00.png": (tmp_path / "a/02.png").read_bytes()[:50], "a/04.png": b"",
@@ -704,7 +733,9 @@ def test_links_directories_hidden_files_and_runs_are_no_photographs(tmp_path, ca
 
 def test_too_many_photographs_for_memory_name_the_data_set_that_streams(tmp_path, monkeypatch):
     put_images(tmp_path, "a/1.png  b/2.png")
-    monkeypatch.setattr(os, "sysconf", lambda name: 4)
+    monkeypatch.setattr(os, "sysconf", lambda name: 40)  # 800 bytes, and 2 · 3 · 8² are needed
+    assert len(loaded(tmp_path)[0]) == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # each rank holds all images
     assert "--dataset imagenet" in refused(tmp_path)
 
 
@@ -757,8 +788,20 @@ def test_torchvisions_data_sets_are_taken_as_they_are(dataset, side, monkeypatch
     assert f"1.png is not {side}×{side}" in refused(tmp_path, dataset=dataset)
 
 
+def test_cifar_in_class_folders_is_evaluated_whole(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.fromarray(x).save(tmp_path / name / "0.png")
+    for data in loaded(tmp_path, dataset="cifar10"):
+        (_, got), = data.batches([(0, torch.arange(2))])
+        assert_close(got[1], TF.normalize(torch.from_numpy(x).permute(2, 0, 1) / 255, MEAN, STD))
+
+
 def test_the_projector_and_the_stem_are_the_papers():  # A.3.1, A.4.1
     encoder = balcon.Encoder("resnet10", "cifar", [32, 16, 8])
+    x = torch.randn(2, 3, 32, 32)
+    assert_close(encoder(x), encoder.projector(encoder.backbone(x)))
     names = [type(layer).__name__ for layer in encoder.projector]
     assert names == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear", "BatchNorm1d"]
     shapes = [list(weight.shape) for weight in encoder.projector.parameters()]
@@ -812,6 +855,22 @@ def test_backbones_are_torchvisions_and_init_takes_the_weights_that_fit(name, bl
     with pytest.raises(balcon.UserError, match="most of its weights do not fit"):
         # Some of its batch norms have the same shapes.
         built_from(weights, tmp_path, "--backbone", "resnet50")
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):  # what the unpickler calls
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("flag", ["--init", "--checkpoint"])
+def test_a_file_of_weights_runs_no_code(flag, tmp_path):
+    torch.save({"backbone": Trap(tmp_path / "ran")}, tmp_path / "a.pt")
+    with pytest.raises(balcon.UserError, match="cannot read"):
+        balcon.build_encoder(balcon.parse_flags([flag, str(tmp_path / "a.pt")]), CPU)
+    assert not (tmp_path / "ran").exists()
 
 
 # ----------------------------------------- evaluation -------------------------------------
@@ -920,6 +979,15 @@ def test_crops_classifier_is_a_softmax_regression_by_sgd_or_lars_in_epochs_of_al
     assert_close(got.bias, weights[1], 1e-4)
 
 
+def test_the_classifier_is_a_function_of_the_seed_and_trains_beside_bfloat16(tmp_path):
+    still = dict(probe_lr=1e-30, precision="bfloat16")  # its first weights
+    (first, seen), (again, seen_again), (other, others) = (
+        crops_classifier(tmp_path, seed=seed, **still) for seed in (0, 0, 1))
+    assert torch.equal(first.weight, again.weight) and torch.equal(seen[0], seen_again[0])
+    assert not torch.equal(first.weight, other.weight)
+    assert not torch.equal(rows_of(torch.cat(seen)), rows_of(torch.cat(others)))
+
+
 def test_lars_survives_a_gradient_of_zero():
     weight = nn.Parameter(torch.ones(2, 3))
     weight.grad = torch.zeros(2, 3)
@@ -995,7 +1063,8 @@ DEPENDS = {  # a setting, another value: what is measured again
     ("probe_lr", 1.0): {"linear"}, ("theory_images", 7): {"bias", "bounds"}, ("size", 4): ALL,
     ("theory_views", 2): {"bias", "bounds"}, ("alpha", 3.0): {"bounds"}, ("lr", 3.0): set(),
     ("seed", 3): {"linear", "bias", "bounds"}, ("add", ("flip",)): {"bias", "bounds"},
-    ("crop_scale", (0.5, 1.0)): {"bias", "bounds"}, ("workers", 1): set(), ("lam", 1.0): set(),
+    ("crop_scale", (0.5, 1.0)): {"bias", "bounds"}, ("drop", ("x",)): {"bias", "bounds"},
+    ("augmentations", ("flip",)): {"bias", "bounds"}, ("workers", 1): set(), ("lam", 1.0): set(),
     ("data", "elsewhere"): set(), ("precision", "bfloat16"): {"knn", "linear", "neighbors"},
     ("images", "others"): ALL}
 
@@ -1097,6 +1166,34 @@ def test_bias_has_one_t_for_two_images_of_a_class_and_every_image_its_own_mean_v
         eq16 = math.sqrt(2 * lengths[0] ** 2 - ((lengths[1] + lengths[2]) / 2) ** 2)
         expected = {"eq51": (x - other).norm(dim=1).mean().item(), "eq16": eq16}
         assert {name: found[space + name] for name in expected} == pytest.approx(expected, 1e-4)
+
+
+def test_random_pairs_are_of_all_classes_and_collapse_is_measured(monkeypatch):
+    encoder = stub()
+    nn.init.zeros_(encoder.projector[0].weight)
+    found = balcon.measure_bias(encoder, pictures(12), settings())
+    assert found["eq51_relative"] == found["eq16_relative"] == 0
+    means = []
+
+    def embed(encoder, data, cfg, name, n=1, groups=1, one_t=False):
+        return [torch.eye(3)[data.labels][:, None].repeat(1, groups, 1)] * 3  # all alike
+
+    monkeypatch.setattr(balcon, "embed", embed)
+    monkeypatch.setattr(balcon, "mean_length", lambda gaps: means.append(gaps) or 1.0)
+    balcon.measure_bias(None, pictures(900), settings())
+    apart = (means[0][:, 0].norm(dim=1) > 1).double().mean()
+    assert apart.item() == pytest.approx(2 / 3, abs=0.06)
+
+
+def test_theory_draws_each_t_independently_and_keeps_no_graph():
+    encoder, data = stub(), pictures(60)
+    assert not any(z.requires_grad for z in balcon.embed(encoder, data, settings(), "x"))
+    encoder.seen.clear()
+    balcon.measure_bounds(encoder, data, settings(theory_views=6))
+    seen = torch.cat(encoder.seen).view(14, 60, 3, 2, 2)
+    flipped = (seen - plain(data)).abs().amax((2, 3, 4)) > 1e-4
+    assert len(flipped[:8].unique(dim=0)) == 8  # anchors, six views, the bank
+    assert 0 < flipped[8:, 0].sum() < 6  # one t for each printed bank, not one for all
 
 
 def sides_by_loops(anchor, mean_view, bank, labels, alpha):
@@ -1303,7 +1400,7 @@ def weights_in(checkpoint):
             for name, value in checkpoint[part].items()}
 
 
-def replay_tiny(loss, norm):
+def replay_tiny(loss, norm, kind="cosine"):
     """Weights before each step and after the last; losses, rates and spreads, by hand."""
     net = TinyEncoder(norm)
     parameters, states, figures = dict(net.named_parameters()), [], []
@@ -1316,7 +1413,7 @@ def replay_tiny(loss, norm):
         x = crops_of(TINY_PIXELS[rows] / 255, t, (0.08, 1), 8)
         x = balcon.augment(x, t, ["flip", "color_jitter", "grayscale"])
         z1, z2 = net(TF.normalize(x, MEAN, STD)).chunk(2)
-        value = loss_by_loops(loss, z1, z2, 3, 1.5)
+        value = loss_by_loops(loss, z1, z2, 3, 1.5, kind)
         rate = 0.3 * (1 + math.cos(math.pi * step / 12)) / 2
         spread = 1 - F.normalize(z1, dim=1).mean(0).square().sum().item()
         figures.append({"loss": value.item(), "lr": rate, "spread": spread})
@@ -1345,6 +1442,9 @@ def train_in_two_sessions(folder, loss, monkeypatch):
     times = [line["seconds"] for line in log]
     assert times == sorted(set(times)) and times[2] < before < times[3]
     assert times[-1] < files["last.pt"]["seconds"] < 30
+    for line in log[3:]:  # four images a step since the second start
+        speed = 4 * (line["step"] - 6) / (line["seconds"] - before)
+        assert line["images_per_second"] == pytest.approx(speed)
     return weights, log, files
 
 
@@ -1375,6 +1475,12 @@ def test_pretraining_is_sgd_with_momentum_decay_and_a_cosine_on_the_loss_named(
     first, second = (results[train_with_norm] for results in two_ranks)
     for name, value in first.items():  # also the running statistics, where they trained apart
         assert_close(second[name].double(), value.double(), 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["dot", "euclidean"])
+def test_pretraining_has_the_similarity_named(kind, tmp_path):
+    _, log, _ = train_tiny(tmp_path, True, "--similarity", kind)
+    assert log[0]["loss"] == pytest.approx(replay_tiny("balanced", True, kind)[1][0]["loss"])
 
 
 def test_spread_is_zero_for_collapsed_projections(tmp_path):
@@ -1679,12 +1785,35 @@ def test_a_checkpoints_limit_and_subset_do_not_apply_to_another_data_set(tmp_pat
     assert balcon.parse_flags([*flags, "--limit", "5"]).limit == 5
 
 
-def test_images_without_labels_are_shown_but_do_not_vote(run_here, monkeypatch, tmp_path):
+def test_a_checkpoint_is_evaluated_as_it_is_also_one_that_began_with_init(
+        run_here, monkeypatch, tmp_path):
+    given = balcon.Encoder("resnet8", "imagenet", [8])
+    cfg = balcon.parse_flags(["--projector", "8", "--init", "weights.pt"])
+    torch.save({"config": balcon.values_of(cfg, balcon.MAKES_WEIGHTS),
+                **{name: part.state_dict() for name, part in given.named_children()}},
+               tmp_path / "a.pt")
+    monkeypatch.setattr(balcon, "draw_patterns", lambda n, split: pictures(16, 32))
+    monkeypatch.setattr(balcon, "pretrain", None)
+    code, *_ = run_here("--checkpoint", tmp_path / "a.pt", "--eval", "knn", "--export",
+                        tmp_path / "a.npz", "--out", tmp_path / "run")
+    assert code == 0 and results_of(tmp_path / "run").keys() == {"trained", "config"}
+    with torch.no_grad():
+        expected = given.backbone.eval()(plain(pictures(16, 32)))
+    assert_close(np.load(tmp_path / "a.npz")["test_features"], expected, 1e-4)
+
+
+def test_images_without_labels_are_trained_on_and_shown_but_do_not_vote(
+        run_here, monkeypatch, tmp_path):
+    seen = []
     monkeypatch.setattr(torchvision.datasets, "STL10", TorchvisionData)
+    monkeypatch.setattr(balcon, "pretrain", lambda encoder, train, cfg: seen.append(len(train)))
     flags = "--epochs 0 --backbone resnet8 --size 16 --export x.npz --out unlabelled".split()
     more = "--dataset stl10 --k 9 --eval knn linear --probe features --no-baseline".split()
     assert run_here(*flags, *more)[0] == 0
     assert np.load("x.npz")["train_labels"].tolist() == [0, 1, 0]  # of four
+    flags[1], flags[-1] = "1", "trained"
+    assert run_here(*flags, *more, "--batch-size", 2)[0] == 0 and seen == [4]
+    flags[1], flags[-1] = "0", "unlabelled"
     code, screen, _ = run_here("--dataset", "folder", "--data", "flat", *flags)
     assert code == 0 and "without labels" in screen and Path("unlabelled/neighbors.png").exists()
     assert np.load("x.npz")["train_features"].shape == (56, 256)
@@ -1692,7 +1821,8 @@ def test_images_without_labels_are_shown_but_do_not_vote(run_here, monkeypatch, 
 
 def test_other_weights_have_another_folder_with_a_name_of_bearable_length():
     runs = ["", "--alpha 3", "--dataset cifar100", "--dataset folder --data a", "--seed 1",
-            "--dataset folder --data b", "--projector" + 30 * " 2048"]
+            "--dataset folder --data b", *("--projector" + 30 * " 2048" + more
+                                           for more in ("", " 2048", " --seed 1"))]
     folders = [str(balcon.parse_flags(flags.split()).out) for flags in runs]
     assert len(set(folders)) == len(runs) and max(map(len, folders)) < 120
     assert str(balcon.parse_flags(["--k", "9", "--workers", "0"]).out) == folders[0]
@@ -1742,6 +1872,7 @@ def test_the_table_names_its_figures(tmp_path, capsys):
 BAD = {  # words, after NAME=value for the environment: what the sentence names
     "--loss softmax": "--loss softmax", "--loss simclr": "ntxent with --lam 1",
     "--lambda 4": "--lam", "--lambda=4": "--lam", "--alpah 4": "did you mean --alpha",
+    "--datset cifar10": "did you mean --dataset", "--limit 5 --subset text.jsonl": "exclude",
     "--temperature=0.5": "1 / temperature", "--init resnet18": "--init resnet18 is not a file",
     "--alpha 0": "--alpha 0.0 must be > 0", "--alpha -1": "--alpha -1.0 must be > 0",
     "--lam nan": "--lam nan must be >= 0", "--lr inf": "--lr inf", "--weight-decay -1": "decay",
@@ -1803,6 +1934,21 @@ def test_too_few_gpus_are_one_sentence(run_here, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     code, _, sentence = run_here()
     assert code == 2 and "8 processes, but there are 4 GPUs" in sentence
+
+
+def test_each_rank_has_its_own_gpu_which_computes_float32_as_float32(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: calls.append(backend))
+    for name in ("benchmark", "allow_tf32"):
+        monkeypatch.setattr(torch.backends.cudnn, name, True)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "13")
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    assert balcon.start_processes() == torch.device("cuda", 5)
+    assert calls == [torch.device("cuda", 5), "nccl"] and not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("error", [
