@@ -1465,6 +1465,7 @@ try:  # photographs of iPhones
 except ImportError:
     pass
 Image.MAX_IMAGE_PIXELS = None  # photographs of any size
+LONGEST = 3  # in memory a longer panorama loses its ends: it would enlarge the square of all images
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val",
           "validation": "val", "test": "test", "testing": "test"}
 
@@ -1561,8 +1562,8 @@ def hold_out(files):
 
 
 def read_image(file, pixels=1e12, side=1):
-    """An upright RGB image, reduced to no fewer than this many pixels and no shorter side than this
-    one. Transparency becomes white.
+    """An upright RGB image, reduced to no fewer than this many pixels (of a panorama's middle) and
+    no shorter side than this one. Transparency becomes white.
 
     Greys of more than 8 bits are refused: which value is white is not in the file.
     """
@@ -1571,7 +1572,9 @@ def read_image(file, pixels=1e12, side=1):
             if image.mode == "F" or image.mode.startswith("I"):
                 raise ValueError(f"{image.mode}: more than 8 bits per channel; convert it to 8")
             width, height = image.size
-            factor = max(math.sqrt(pixels / (width * height)), side / min(width, height))
+            shorter = min(width, height)
+            longer = min(max(width, height), LONGEST * shorter)
+            factor = max(math.sqrt(pixels / (shorter * longer)), side / shorter)
             # JPEG decodes directly to a half, a quarter or an eighth.
             image.draft("RGB", (math.ceil(width * factor), math.ceil(height * factor)))
             with contextlib.suppress(Exception):  # odd EXIF must not reject a photograph
@@ -1582,8 +1585,8 @@ def read_image(file, pixels=1e12, side=1):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
-            longer = math.ceil(max(width, height) * factor)
-            image.thumbnail((longer, longer), Image.Resampling.BILINEAR, reducing_gap=3)
+            longest = math.ceil(max(width, height) * factor)
+            image.thumbnail((longest, longest), Image.Resampling.BILINEAR, reducing_gap=3)
             return image
     except Exception as error:  # Pillow raises many kinds for corrupt files
         refuse(f"cannot read {file} ({type(error).__name__}: {error})")
@@ -1601,8 +1604,7 @@ def read_into_memory(files, size, *least):
     def read(name):
         try:
             image = read_image(files.path(name), *least)
-            # A panorama loses its ends, since the longest side makes the square of all images.
-            longest = 3 * min(image.size)
+            longest = LONGEST * min(image.size)
             return np.array(center_crop(image, [min(image.height, longest),
                                                 min(image.width, longest)]))
         except UserError as error:
