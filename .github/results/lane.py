@@ -102,6 +102,7 @@ def plan(rows):
     b = [run_of("B", (loss, 8, 4), rate, 0, 20, " --save-every 2")
          for rate in (0.4, 0.2) for loss in ("ntxent", "balanced")]
     runs += twenty[:2] + b + twenty[2:]
+    runs += [run_of("A3b", *decoupled, seed, 20) for seed in range(3)]
     return [run for run in runs if run["id"] not in rows]
 
 

@@ -435,7 +435,7 @@ def second_pair(rows):
 
 def question_figures():
     found = {f"A/{name}": text for name, text in answer_to_a().items()}
-    for stage in ("A1", "A1b", "A2", "A2b", "A3", "B"):
+    for stage in ("A1", "A1b", "A2", "A2b", "A3", "A3b", "B"):
         found[f"{stage}/runs"] = str(len(select(stage=stage)))
     rows = {run["id"]: run for run in select(stage="A1") + select(stage="A1b")}
     found |= best_of_search(rows) | second_pair(rows)
@@ -786,7 +786,7 @@ TABLES = {
     "first": first_rows, "main": main_rows, "own": own_rows, "leads": lead_rows,
     "A1": validation_rows,
     "A1b": functools.partial(validation_rows, "A1b", lane.ADDED),
-    **{stage: functools.partial(stage_rows, stage) for stage in ("A2", "A2b", "A3", "B")},
+    **{stage: functools.partial(stage_rows, stage) for stage in ("A2", "A2b", "A3", "A3b", "B")},
     "C": c_rows, "C theory": c_theory_rows, "C bias": c_bias_rows,
     "validation": functools.partial(preset_rates, "V"),
     "strong": functools.partial(preset_rates, "VS"), "board": board_rows, "speed": speed_rows,
