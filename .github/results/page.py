@@ -243,6 +243,8 @@ def first_rows():
     names = [(f"four-{name}", kind) for name, kind in (
         ("ntxent-a2-l1", "borrowed"), ("ntxent-a8-l1", "borrowed"), ("balanced-a2-l4", "searched"))]
     names += [(name, "searched") for name in (finalists("A2") or ())[::-1]]
+    decoupled = by(select(stage="A2", loss="balanced", lam=1), "row")  # at the rate of SimCLR
+    names += [(name, "SimCLR's") for (name,) in decoupled]
     for name, kind in names:
         runs = row(name)
         cells = method_of(runs[0]), show(runs, "linear"), show(runs, "runs"), kind
