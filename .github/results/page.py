@@ -393,7 +393,7 @@ def answer_to_a():
     verdicts += [f"{stage}: not run yet, open" for stage in missing]
     one, two = map(row, pairs[-1])
     last = stage_verdict(stages[-1])
-    return {"headline": ANSWERS[last.split()[0]] + (" so far" if "(" in last else ""),
+    return {"headline": ANSWERS[last.split()[0]] + (" so far" if "(" in last or missing else ""),
             "plain": f"After {one[0]['epochs']:g} epochs {method_of(one[0])} minus "
                      f"{method_of(two[0]).replace(',', ' at')} is "
                      f"{compared(*pairs[-1], 'linear')} points (95 % interval), n = {len(one)} and "
