@@ -3,7 +3,7 @@
 In a template {…} is a figure of runs.jsonl:
     {ROW/field}             mean over the seeds of a row, or of one run; {ROW/runs}: how many
     {A over B/field}        difference of two rows with its 95 % interval
-    {A over B/field/verdict}, {A over B/field/p}
+    {A over B/field/verdict}, {A over B/field/p}, {A over B/field/welch}
     {sd of ROW/field}       pooled standard deviation of one run of the row's preset; {df of …}
     {table NAME}            a table of `TABLES`
     {key}                   a figure of `derived`
@@ -67,6 +67,10 @@ def compared(one, two, field, *what):
     apart, half = difference(one, two, field)
     if what == ("verdict",):
         return verdict_of(one, two, field)
+    if what == ("welch",):
+        parts = [(np.var(known, ddof=1) / len(known), len(known) - 1)
+                 for known in (values(one, field), values(two, field))]
+        return show_interval(apart, welch_half_width(*parts))
     if what == ("p",):
         freedom = spread(one, field)[1]
         return number(p_value(apart / half * t_quantile(freedom), freedom), 3)
@@ -237,19 +241,22 @@ def scale_text(name):
 
 
 def first_rows():
-    """README's first table: linear accuracy, and whose rate was searched for."""
-    rows = [["", "untrained"], ["linear accuracy, %", show(row("own-untrained"), "linear")],
-            ["seeds", "1"], ["learning rate", "–"]]
-    names = [(f"four-{name}", kind) for name, kind in (
-        ("ntxent-a2-l1", "borrowed"), ("ntxent-a8-l1", "borrowed"), ("balanced-a2-l4", "searched"))]
-    names += [(name, "searched") for name in (finalists("A2") or ())[::-1]]
-    decoupled = by(select(stage="A2", loss="balanced", lam=1), "row")  # at the rate of SimCLR
-    names += [(name, "SimCLR's") for (name,) in decoupled]
-    for name, kind in names:
-        runs = row(name)
-        cells = method_of(runs[0]), show(runs, "linear"), show(runs, "runs"), kind
-        for line, cell in zip(rows, cells):
-            line.append(cell)
+    """README's first table: A2 and A2b, and whose rate was searched for."""
+    runs = select(stage="A2") + select(stage="A2b")
+    if not runs:
+        return NOT_YET
+    searched = finalists("A2") or ()
+    rows = [["loss", "τ", "λ", "rate", "seeds", "%"]]
+    for (name,), own in by(runs, "row").items():
+        loss, lam, stage = own[0]["loss"], own[0]["lam"], own[0]["stage"]
+        kind = {"ntxent": "balanced, positive kept", "balanced": "balanced"}[loss]
+        if lam == 1:
+            kind = {"ntxent": "SimCLR", "balanced": "DCL"}[loss]
+        whose = "SimCLR's" if kind == "DCL" else "balanced's"
+        if stage == "A2b" or name in searched:
+            whose = "searched"
+        rows.append([kind, f"1/{own[0]['alpha']:g}", f"{lam:g}", whose, show(own, "runs"),
+                     show(own, "linear")])
     return rows
 
 
@@ -318,8 +325,6 @@ def lead_rows():
 
 # ------------------------------------------ QUESTIONS.md -------------------------------------
 NOT_YET = "*Not run yet.*\n"
-ANSWERS = {"better": "it leads as well", "level": "it shows no lead", "worse": "it is behind",
-           "open": "the runs do not tell"}
 SEEDS = {"A2": 6, "A3": 3}  # of each finalist
 PLANNED = {"A2": 18, "A3": 6}  # runs
 KINDS = {("ntxent", True): "simclr", ("balanced", False): "balanced",
@@ -382,7 +387,7 @@ def answer_to_a():
     stages = [stage for stage in SEEDS if found[stage]]
     if not stages:
         one, two = "four-balanced-a2-l4", "four-ntxent-a8-l1"
-        return {"headline": "is not known yet", "plain": "The runs are under way.",
+        return {"headline": "Not known yet", "plain": "The runs are under way.",
                 "evidence": "(2, 4) over NT-Xent (8, 1), 4 epochs, borrowed rates",
                 "n": f"{len(row(one))}, {len(row(two))}", "interval": compared(one, two, "linear"),
                 "verdict": f"open: {' and '.join(missing)} not run yet"}
@@ -393,11 +398,11 @@ def answer_to_a():
     verdicts += [f"{stage}: not run yet, open" for stage in missing]
     one, two = map(row, pairs[-1])
     last = stage_verdict(stages[-1])
-    return {"headline": ANSWERS[last.split()[0]] + (" so far" if "(" in last or missing else ""),
-            "plain": f"After {one[0]['epochs']:g} epochs {method_of(one[0])} minus "
+    return {"headline": f"After {one[0]['epochs']:g} epochs: {last}",
+            "plain": f"{method_of(one[0])[0].upper()}{method_of(one[0])[1:]} minus "
                      f"{method_of(two[0]).replace(',', ' at')} is "
-                     f"{compared(*pairs[-1], 'linear')} points (95 % interval), n = {len(one)} and "
-                     f"{len(two)}: {last}. *Level* is an interval within ±1.1.",
+                     f"{compared(*pairs[-1], 'linear')} points (95 % interval over seeds), "
+                     f"n = {len(one)} and {len(two)}; *level* is within ±1.1.",
             "evidence": "; ".join(evidence),
             "n": "; ".join(f"{len(row(one))}, {len(row(two))}" for one, two in pairs),
             "interval": "; ".join(compared(*pair, "linear") for pair in pairs),
