@@ -1667,7 +1667,10 @@ class ImageFiles(Images):
     def read_batch(self, threads, request, views):
         """step, x uint8 [n·b, 3, size, size], t for a request (step, rows [b], t)."""
         step, rows, t = request
-        images = list(threads.map(read_image, map(self.path, self.names[rows.numpy()])))
+        try:
+            images = list(threads.map(read_image, map(self.path, self.names[rows.numpy()])))
+        except UserError as error:  # without the file, these would be other images
+            refuse(f"{error}: put a readable image in its place, and the same command resumes")
         shapes = torch.tensor([[image.height, image.width] for image in images])
         n = 1
         boxes = central_boxes(shapes)

@@ -1902,4 +1902,4 @@ def test_an_unreadable_image_of_imagenet_is_one_sentence(place, run_here, tmp_pa
     (data / "train/a/12.png").write_bytes(b"broken")
     flags = "--dataset imagenet --size 16 --backbone resnet8 --epochs 0 --workers 2".split()
     sentence = run_here(*flags, "--data", data, "--out", tmp_path / "run", code=2)
-    assert "train/a/12.png" in sentence
+    assert "train/a/12.png" in sentence and "in its place" in sentence
