@@ -245,7 +245,7 @@ def first_rows():
     runs = select(stage="A2") + select(stage="A2b")
     if not runs:
         return NOT_YET
-    searched = finalists("A2") or ()
+    searched = {*(finalists("A2") or ()), *best_rows().values()}
     rows = [["loss", "τ", "λ", "rate", "seeds", "%"]]
     for (name,), own in by(runs, "row").items():
         loss, lam, stage = own[0]["loss"], own[0]["lam"], own[0]["stage"]
@@ -325,8 +325,9 @@ def lead_rows():
 
 # ------------------------------------------ QUESTIONS.md -------------------------------------
 NOT_YET = "*Not run yet.*\n"
-SEEDS = {"A2": 6, "A3": 3}  # of each finalist
-PLANNED = {"A2": 18, "A3": 6}  # runs
+SEEDS = {"A2": 6, "A2b": 6, "A3": 3}  # of each finalist
+PLANNED = {"A2": 18, "A2b": 0, "A3": 6}  # runs; A2b's pair is shown when it is complete
+NEW = (3, 4, 5)  # seeds that were trained after A2's comparisons had been noticed
 KINDS = {("ntxent", True): "simclr", ("balanced", False): "balanced",
          ("balanced", True): "decoupled"}  # loss, λ = 1
 
@@ -361,8 +362,32 @@ def stage_rows(stage):
     return rows
 
 
+def searches_ended():
+    rows = {run["id"]: run for run in select(stage="A1") + select(stage="A1b")}
+    return bool(rows) and not lane.search("A1", lane.METHODS, rows) + lane.search(
+        "A1b", lane.ADDED, rows)
+
+
+def best_rows():
+    """{kind: row of A2 or A2b} of the best cells of A1 and A1b that have all seeds there."""
+    rows = {run["id"]: run for run in select(stage="A1") + select(stage="A1b")}
+    if not searches_ended():
+        return {}
+    names = {}
+    for kind, pair in lane.finalists([*lane.METHODS, *lane.ADDED], rows).items():
+        for stage in ("A2", "A2b"):
+            name = lane.run_of(stage, *pair, 0, 4)["id"].removesuffix("-s0")
+            if len(select(row=name)) == SEEDS[stage]:
+                names[KINDS[kind]] = name
+    return names
+
+
 def finalists(stage):
-    """Rows (balanced with λ ≠ 1, SimCLR) of A2 or A3 with three seeds or more, or None."""
+    """Rows (balanced with λ ≠ 1, SimCLR) of A2 or A3 with three seeds or more, or None. A2b: of
+    the best of A1 and A1b, with six."""
+    if stage == "A2b":
+        pair = best_rows().get("balanced"), best_rows().get("simclr")
+        return None if None in pair else pair
     rows = {}
     for name, runs in by(select(stage=stage), "row").items():
         loss, lam = runs[0]["loss"], runs[0]["lam"]
@@ -375,7 +400,7 @@ def finalists(stage):
 
 def stage_verdict(stage):
     """Provisional as long as a run of the stage is missing."""
-    missing = PLANNED[stage] - len(select(stage=stage))
+    missing = max(0, PLANNED[stage] - len(select(stage=stage)))
     late = f" (provisional: {missing} of {PLANNED[stage]} runs are missing)" if missing else ""
     return verdict_of(*finalists(stage), "linear") + late
 
@@ -390,23 +415,34 @@ def answer_to_a():
         return {"headline": "Not known yet", "plain": "The runs are under way.",
                 "evidence": "(2, 4) over NT-Xent (8, 1), 4 epochs, borrowed rates",
                 "n": f"{len(row(one))}, {len(row(two))}", "interval": compared(one, two, "linear"),
-                "verdict": f"open: {' and '.join(missing)} not run yet"}
+                "verdict": f"open: {', '.join(missing)} not run yet"}
     pairs = [found[stage] for stage in stages]
     evidence = [f"{' over '.join(row(name)[0]['method'] for name in pair)}, {stage}"
                 for stage, pair in zip(stages, pairs)]
     verdicts = [f"{stage}: {stage_verdict(stage)}" for stage in stages]
     verdicts += [f"{stage}: not run yet, open" for stage in missing]
-    one, two = map(row, pairs[-1])
-    last = stage_verdict(stages[-1])
-    return {"headline": f"After {one[0]['epochs']:g} epochs: {last}",
-            "plain": f"{method_of(one[0])[0].upper()}{method_of(one[0])[1:]} minus "
-                     f"{method_of(two[0]).replace(',', ' at')} is "
-                     f"{compared(*pairs[-1], 'linear')} points (95 % interval over seeds), "
-                     f"n = {len(one)} and {len(two)}; *level* is within ±1.1.",
+    epochs = row(pairs[-1][0])[0]["epochs"]
+    longest = {stage: pair for stage, pair in zip(stages, pairs)
+               if row(pair[0])[0]["epochs"] == epochs}
+    said = {stage_verdict(stage) for stage in longest}
+    headline = said.pop()
+    if said:
+        headline = ", ".join(f"{stage_verdict(stage)} for {method_of(row(pair[0])[0])}"
+                             for stage, pair in longest.items())
+    plain = ", ".join(pair_in_words(*pair) for pair in longest.values())
+    return {"headline": f"After {epochs:g} epochs: {headline}",
+            "plain": f"{plain[0].upper()}{plain[1:]}: points with 95 % intervals over seeds; "
+                     "*level* is within ±1.1.",
             "evidence": "; ".join(evidence),
             "n": "; ".join(f"{len(row(one))}, {len(row(two))}" for one, two in pairs),
             "interval": "; ".join(compared(*pair, "linear") for pair in pairs),
             "verdict": "; ".join(verdicts)}
+
+
+def pair_in_words(one, two):
+    first, second = row(one), row(two)
+    return (f"{method_of(first[0])} minus {method_of(second[0]).replace(',', ' at')} is "
+            f"{compared(one, two, 'linear')} (n = {len(first)} and {len(second)})")
 
 
 def best_of_search(rows):
@@ -422,22 +458,32 @@ def best_of_search(rows):
     return found
 
 
-def second_pair(rows):
+def second_pair():
     """The best of A1 and A1b in each kind, compared by their runs of A2 and A2b."""
-    wait = {"A2b/difference": "not run yet", "A2b/decoupled": "not run yet"}
-    if not rows or lane.search("A1b", lane.ADDED, rows) or lane.search("A1", lane.METHODS, rows):
-        return wait
-    names = {}
-    for kind, pair in lane.finalists([*lane.METHODS, *lane.ADDED], rows).items():
-        ids = [lane.run_of(stage, *pair, 0, 4)["id"].removesuffix("-s0") for stage in ("A2", "A2b")]
-        names[KINDS[kind]] = [name for name in ids if len(select(row=name)) == SEEDS["A2"]]
+    found, names = {}, best_rows()
     for key, other in (("difference", "simclr"), ("decoupled", "decoupled")):
-        if names["balanced"] and names[other]:
-            pair = names["balanced"][0], names[other][0]
+        found[f"A2b/{key}"] = "not run yet"
+        if {"balanced", other} <= names.keys():
+            pair = names["balanced"], names[other]
             methods = " over ".join(row(name)[0]["method"] for name in pair)
-            wait[f"A2b/{key}"] = (f"{methods}: {compared(*pair, 'linear')}, "
-                                  f"{verdict_of(*pair, 'linear')}")
-    return wait
+            found[f"A2b/{key}"] = (f"{methods}: {compared(*pair, 'linear')}, "
+                                   f"{verdict_of(*pair, 'linear')}")
+    return found
+
+
+def new_seeds():
+    """What was noticed in A2, by new seeds alone: the decoupled loss over A2's finalists. The SD is
+    pooled over these seeds of all rows of A2 and A2b that have them."""
+    runs = [run for run in select(stage="A2") + select(stage="A2b") if run["seed"] in NEW]
+    rows = {name: [run["linear"] for run in own] for (name,), own in by(runs, "row").items()}
+    decoupled, found = best_rows().get("decoupled"), {}
+    for key, other in zip(("balanced", "simclr"), finalists("A2") or (None, None)):
+        found[f"new/{key}"] = "not run yet"
+        if decoupled and other:
+            apart = np.mean(rows[decoupled]) - np.mean(rows[other])
+            half = half_width(*pooled_sd(list(rows.values())), len(NEW), len(NEW))
+            found[f"new/{key}"] = f"{show_interval(apart, half)}, {verdict(apart, half)}"
+    return found
 
 
 def question_figures():
@@ -445,11 +491,11 @@ def question_figures():
     for stage in ("A1", "A1b", "A2", "A2b", "A3", "A3b", "B"):
         found[f"{stage}/runs"] = str(len(select(stage=stage)))
     rows = {run["id"]: run for run in select(stage="A1") + select(stage="A1b")}
-    found |= best_of_search(rows) | second_pair(rows)
+    found |= best_of_search(rows) | second_pair() | new_seeds()
     found["A1/state"] = "not finished yet: runs are added until each best rate is interior"
     if rows and not lane.search("A1", lane.METHODS, rows):
         found["A1/state"] = "finished"
-    for stage in SEEDS:
+    for stage in ("A2", "A3"):
         pair = finalists(stage)
         found[f"{stage}/difference"] = (
             f"{compared(*pair, 'linear')}, {stage_verdict(stage)}" if pair

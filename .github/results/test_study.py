@@ -549,7 +549,7 @@ def test_stages_say_that_they_have_not_run(with_rows):
     with_rows()
     for stage in ("A1", "A1b", "A2", "A2b", "A3", "A3b", "B"):
         assert page.evaluated(f"table {stage}") == "*Not run yet.*"
-    assert page.derived()["A/verdict"] == "open: A2 and A3 not run yet"
+    assert page.derived()["A/verdict"] == "open: A2, A2b, A3 not run yet"
     assert page.derived()["A1/runs"] == "0"
 
 
@@ -573,7 +573,7 @@ def test_the_answer_is_the_verdict_on_the_finalists_of_a2_and_a3(with_rows):
     two = lane_rows("A2", 4, ntxent_8_1=(0.4, simclr), balanced_2_4=(0.8, balanced),
                     ntxent_2_4=(0.8, [60.0, 61.0, 62.0]), balanced_8_1=(0.4, [60.0, 61.0, 62.0]))
     with_rows([run for run in two if run["seed"] < 2])
-    assert page.derived()["A/verdict"] == "open: A2 and A3 not run yet"
+    assert page.derived()["A/verdict"] == "open: A2, A2b, A3 not run yet"
     with_rows([run for run in two if run["id"] != "A2-balanced-a2-l4-lr0.8-s5"])
     assert page.first_rows()[1:] == [
         ["SimCLR", "1/8", "1", "searched", "6", "61.00"],
@@ -584,25 +584,27 @@ def test_the_answer_is_the_verdict_on_the_finalists_of_a2_and_a3(with_rows):
     assert "Balanced (2, 4) minus SimCLR at τ = 1/8 is" in plain and "n = 5 and 6" in plain
     early = "After 4 epochs: better (provisional: 1 of 18 runs are missing)"
     assert page.derived()["A/headline"] == early
-    late = "A2: better (provisional: 1 of 18 runs are missing); A3: not run yet, open"
+    late = "A2: better (provisional: 1 of 18 runs are missing); "
+    late += "A2b: not run yet, open; A3: not run yet, open"
     assert page.derived()["A/verdict"] == late and page.derived()["A/n"] == "5, 6"
     with_rows(two)
     squares = 2 * 2 * 2 + 2 * 2  # of 6 + 6 + 3 + 3 accuracies around their means
     half = 2.145 * math.sqrt(squares / 14) * math.sqrt(1 / 6 + 1 / 6)
     found = page.answer_to_a()
-    assert found["verdict"] == "A2: better; A3: not run yet, open" and found["n"] == "6, 6"
+    assert found["verdict"].startswith("A2: better; A2b: not run yet") and found["n"] == "6, 6"
     assert found["interval"] == f"3.00 [{3 - half:.2f}, {3 + half:.2f}]"
     three = lane_rows("A3", 20, ntxent_8_1=(0.4, [70, 70.1, 70.2]),
                       balanced_2_4=(0.8, [70.1, 70.2, 70.3]))
     with_rows(two, three)
-    assert page.answer_to_a()["verdict"] == "A2: better; A3: level"
+    assert page.answer_to_a()["verdict"] == "A2: better; A3: level; A2b: not run yet, open"
     assert page.answer_to_a()["headline"] == "After 20 epochs: level"
     assert page.derived()["A3/difference"].startswith("0.10 [") and len(page.stage_rows("A3")) == 3
     points = {label: (mean, half) for label, _, mean, half in figures.answer_points()}
     assert points["balanced (2, 4)"][0] == 64 and points["SimCLR, τ = 1/8"][0] == 61
 
 
-def test_the_best_cells_of_the_search_and_their_second_pair(with_rows):
+def test_the_best_cells_of_the_search_and_their_second_pair(with_rows, monkeypatch):
+    monkeypatch.setitem(page.PLANNED, "A2", 12)
     def searched(stage, methods, best):
         return [lane_rows(stage, 2, **{f"{loss}_{alpha}_{lam}": (
             f"{middle * factor:g}", [best.get((loss, alpha, lam), 50) - less])})
@@ -629,6 +631,29 @@ def test_the_best_cells_of_the_search_and_their_second_pair(with_rows):
     assert page.derived()["A2b/difference"] == f"balanced (8, 2) over NT-Xent (16, 1): {expected}"
     assert page.derived()["A2b/decoupled"].startswith("balanced (8, 2) over balanced (8, 1): 5.00")
     assert before == page.compared("A2-balanced-a4-l2-lr0.4", "A2-ntxent-a16-l1-lr0.2", "linear")
+    found = page.answer_to_a()
+    assert found["verdict"].startswith("A2: better; A2b: better; A3: not run yet")
+    assert found["headline"] == "After 4 epochs: better" and found["n"] == "6, 6; 6, 6"
+    assert ", balanced (8, 2) minus SimCLR at τ = 1/16 is 4.00 [" in found["plain"]
+    assert [cells[3] for cells in page.first_rows()[1:]] == ["searched"] * 4
+    level = lane_rows("A2b", 4, balanced_8_2=("0.8", [61.0] * 6), balanced_8_1=("0.8", [60.0] * 6))
+    with_rows(*first, two, level)
+    headline = "After 4 epochs: better for balanced (4, 2), level for balanced (8, 2)"
+    assert page.answer_to_a()["headline"] == headline
+
+
+def test_what_was_noticed_is_confirmed_by_new_seeds_alone(with_rows, monkeypatch):
+    two = lane_rows("A2", 4, ntxent_16_1=("0.2", [0, 0, 0, 60, 61, 62]),
+                    balanced_4_2=("0.4", [0, 0, 0, 60.5, 60.5, 60.5]),
+                    balanced_16_1=("0.2", [0, 0, 0, 63, 62, 64]), ntxent_4_2=("0.4", [0, 99, 50]))
+    monkeypatch.setattr(page, "best_rows", lambda: {"decoupled": "A2-balanced-a16-l1-lr0.2"})
+    with_rows(two)
+    half = 2.447 * math.sqrt((2 + 0 + 2) / 6) * math.sqrt(1 / 3 + 1 / 3)
+    found = page.new_seeds()
+    assert found["new/simclr"] == f"2.00 [{2 - half:.2f}, {2 + half:.2f}], better"
+    assert found["new/balanced"].startswith("2.50 [")
+    monkeypatch.setattr(page, "best_rows", dict)
+    assert page.new_seeds() == {"new/simclr": "not run yet", "new/balanced": "not run yet"}
 
 
 def c_lines(stage="C", preset="C", more="", **figures):
