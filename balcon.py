@@ -73,15 +73,15 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
     the mean over all 2m anchors z. The 2(m−1) negatives z⁻ are the views of the other images: the
     positive z⁺ is not in the sum. `loss_floor` is the minimum for cosine similarity.
 
-    similarity: "cosine", or "dot" or "euclidean" (negative squared distance, footnote 3) of the
-    projections without normalising them. Computed in float32 at least, also under autocast.
+    similarity: "cosine"; or, without normalising the projections, "dot" or "euclidean" (negative
+    squared distance, footnote 3). Computed in float32 at least, also under autocast.
 
-    Under torch.distributed, with R ranks, m is this rank's share of the batch, equal on all ranks:
-    the 2m anchors are its own, the 2(Rm−1) negatives come from all. DDP's averaged gradient is that
-    of one process with the whole batch. With all_ranks=False each rank computes alone.
+    Under torch.distributed each of R ranks passes m images of its own, equally many on all. Its 2m
+    anchors are their views; the 2(Rm−1) negatives come from all ranks. DDP's averaged gradient is
+    that of one process with the whole batch. With all_ranks=False each rank computes alone.
 
-    A loss in the usual form, a cross-entropy of logits α s, is α times this one: multiply an SGD
-    learning rate from the SimCLR literature by α, and divide its weight decay by α.
+    The usual form, a cross-entropy of logits α s, is α times this one, and so is its gradient:
+    multiply an SGD learning rate from the SimCLR literature by α, and divide its decay by α.
 
     With repel_positive=True this is generalized_nt_xent_loss. Raises ValueError for shapes other
     than [m, d], integers, two dtypes, other similarities, α ≤ 0, λ < 0, or a batch of one image.
@@ -115,7 +115,7 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
         if ranks > 1:
             parts = [torch.empty_like(z) for _ in range(ranks)]
             dist.all_gather(parts, z.detach())
-            parts[own_rank] = z  # of all rows only my own keep their graph
+            parts[own_rank] = z  # my rows keep their graph; the others have none
             candidates = torch.cat(parts)  # [R · 2m, d]
             # Every rank's loss depends on my rows, so my rows need the sum of all ranks' gradients.
             if z.requires_grad:
@@ -163,12 +163,11 @@ LOSSES = {"balanced": balanced_contrastive_loss, "ntxent": generalized_nt_xent_l
 
 # ----------------------------------------- views ------------------------------------------
 class Draw(namedtuple("Draw", "key views_in_batch rows")):
-    """The random numbers that make t ~ T for each view of a batch: views_in_batch of all ranks, of
-    which `rows` are asked for. `key`: the seed, what the batch is for, and the step.
+    """The random numbers that make t ~ T for the views `rows` of a batch of `views_in_batch`.
 
-    They depend on the key, their name and the view's place in the batch only. So the same key gives
-    the same t to other images (Eq. 51). Every rank draws for all views of the batch and uses its
-    own rows: 1, 2 or 8 processes see the same views.
+    They depend on the key (seed, purpose and step), their name and a view's place in the batch
+    only. So the same key gives the same t to other images (Eq. 51), and since each rank draws for
+    the whole batch and takes its own rows, 1, 2 or 8 processes see the same views.
     """
 
     def uniform(self, name, low, high, *shape):
@@ -219,20 +218,18 @@ def turn_hue(x, turn):
     red, green, blue = x.split(1, 1)
     value, lowest = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = value - lowest
-    # The weights of lerp are 0 where this channel is brightest, or else 1: faster than torch.where.
+    # The weight in lerp is 0 where green, then red, is brightest, else 1: a faster torch.where.
     hue = (blue - red + 2 * chroma).lerp(red - green + 4 * chroma, (value - green).sign())
     hue = (green - blue).lerp(hue, (value - red).sign()) / chroma.clamp(min=1e-12)
-    # Back to RGB: a channel is brightest where the hue is within 1 of its own, and darkest from a
-    # distance of 2 on. 3 − |difference − 3| is the distance on the circle: a difference of 5 is 1.
-    # (Beyond 6 it is negative, and the distance within 1: brightest, too.)
+    # Back to RGB: a channel is brightest up to a distance of 1 from its own hue, darkest from 2 on.
+    # On the circle the distance is 3 − |difference − 3|: 1 for 5, and below 0, so brightest, for 7.
     own_hue = torch.arange(0, 6, 2, device=x.device)[:, None, None]
     difference = (hue + (6 * turn - own_hue)).abs()  # [n, 3, H, W]
     return value.lerp(lowest, (2 - (difference - 3).abs()).clamp_(0, 1))
 
 
 def gaussian_blur(x, t):
-    """σ from 0.1 to 2 pixels. The kernel has 23 pixels, SimCLR's tenth of 224; on images of a side
-    S < 12 it has 2S − 1."""
+    """σ from 0.1 to 2 pixels. The kernel has 23, SimCLR's tenth of 224, or 2S − 1 if S < 12."""
     n = len(x)
     radius = min(11, x.shape[-1] - 1)
     sigma = to_device(t.uniform("sigma", 0.1, 2, 1), x.device)  # [n, 1]
@@ -249,11 +246,12 @@ def gaussian_blur(x, t):
 def random_cutout(x, t):
     """A square of half the side, clipped at the image's border, gets the colour MEAN (below)."""
     side = x.shape[-1]
-    corner = (side * t.uniform("cutout", 0, 1, 2, 1)).floor() - side // 4  # [n, 2, 1]: top, left
+    centre = (side * t.uniform("cutout", 0, 1, 2, 1)).floor()  # [n, 2, 1]: row, column
+    corner = centre - side // 4
     pixel = torch.arange(side)
     inside = (pixel >= corner) & (pixel < corner + side // 2)  # [n, 2, S]: rows, columns
     hole = inside[:, 0, :, None] & inside[:, 1, None, :]  # [n, S, S]
-    mean = x.new_tensor(MEAN)[:, None, None]
+    mean = to_device(torch.tensor(MEAN)[:, None, None], x.device)
     return torch.where(to_device(hole[:, None], x.device), mean, x)
 
 
@@ -302,21 +300,19 @@ def random_crop_boxes(t, shape, scale):
     shape: [n, 2], height and width of each image. Its box is the first of ten random ones that fits
     into it, or else the largest central one with an aspect ratio between 3/4 and 4/3.
     """
-    height, width = shape.float()[:, :, None].unbind(1)  # [n, 1] each
-    area = t.uniform("area", *scale, 10) * height * width  # [n, 10]
+    shape = shape.float()
+    area = t.uniform("area", *scale, 10) * shape[:, :1] * shape[:, 1:]  # [n, 10]
     ratio = t.uniform("ratio", math.log(3 / 4), math.log(4 / 3), 10).exp()  # width / height
-    corner = t.uniform("corner", 0, 1, 10, 2)  # as a share of the room that there is
-    h = (area / ratio).sqrt().round().clamp(min=1)
-    w = (area * ratio).sqrt().round().clamp(min=1)
-    top = (corner[..., 0] * (height - h + 1)).floor().minimum(height - h)  # float32 may round up
-    left = (corner[..., 1] * (width - w + 1)).floor().minimum(width - w)
-    boxes = torch.stack([top, left, h, w], 2)  # [n, 10, 4]
+    sides = torch.stack([area / ratio, area * ratio], 2).sqrt().round().clamp(min=1)  # [n, 10, 2]
+    room = shape[:, None] - sides
+    corner = (t.uniform("corner", 0, 1, 10, 2) * (room + 1)).floor()
+    corner = corner.minimum(room)  # float32 may round up
+    boxes = torch.cat([corner, sides], 2)  # [n, 10, 4]
 
-    largest = torch.cat([height.minimum((width * 4 / 3).round()),
-                         width.minimum((height * 4 / 3).round())], 1)  # [n, 2]
+    largest = shape.minimum((shape.flip(1) * 4 / 3).round())  # [n, 2]
     central = torch.cat([((shape - largest) / 2).floor(), largest], 1)
     boxes = torch.cat([boxes, central[:, None]], 1)  # [n, 11, 4]
-    fits = (boxes[..., 2] <= height) & (boxes[..., 3] <= width)  # the eleventh always does
+    fits = (boxes[..., 2:] <= shape[:, None]).all(2)  # the eleventh always does
     return boxes[torch.arange(len(boxes)), fits.int().argmax(1)].long()
 
 
@@ -330,7 +326,8 @@ def central_boxes(shape):
 def crop_resize(x, box, size):
     """x: [n, 3, H, H], box: [n, 4] -> [n, 3, size, size], antialiased bilinear.
 
-    Resizing is linear along each axis, so two matrices per image crop and resize at once.
+    Resizing is linear along each axis, so two matrices per image crop and resize at once:
+    weight[i, j] is what pixel j gives to pixel i of the result.
     """
     height = x.shape[-1]
     start, length = box[:, :2, None, None], box[:, 2:, None, None]  # [n, 2, 1, 1]: rows, columns
@@ -389,23 +386,24 @@ class Images:
         one_t there is one t for all images of all steps.
         """
         def request(step, rows):
-            m = len(rows)
-            own = torch.arange(m)[rank_share(m)]  # [b]: places of this rank's images in `rows`
+            own = rank_share(len(rows))
+            places = torch.arange(n * len(rows)).view(n, -1)[:, own].flatten()  # [n·b]
+            t = Draw((*key, step), n * len(rows), places)
             if one_t:
-                return step, rows[own], Draw(key, 1, torch.zeros(n * len(own)).long())
-            places = (m * torch.arange(n)[:, None] + own).flatten()  # [n·b]: view v of i is v·m + i
-            return step, rows[own], Draw((*key, step), n * m, places)
+                t = Draw(key, 1, 0 * places)
+            return step, rows[own], t
 
         mean, std = to_device(torch.tensor([MEAN, STD]), self.device)[..., None, None]
         for step, x, t in self.read((request(*pair) for pair in plan), views):
+            x = to_device(x, self.device).float() / 255
             if views:
                 x = augment(x, t, views.names)
             yield step, ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
     def read(self, requests, views):
-        """Yields step, x [n·b, 3, size, size] in [0, 1], t: cropped, not augmented yet."""
+        """Yields step, x [n·b, 3, size, size] from 0 to 255, t: cropped, not augmented yet."""
         for step, rows, t in requests:
-            x = self.pixels.index_select(0, to_device(rows, self.device)).float() / 255
+            x = self.pixels.index_select(0, to_device(rows, self.device)).float()
             shape = self.shapes[rows]
             if views:
                 n = len(t.rows) // len(rows)
@@ -440,10 +438,9 @@ class Encoder(nn.Module):
         layers = []
         for inputs, outputs in zip([width, *widths], widths):
             layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
-        # The last layer has no ReLU (A.3.1), nor a learned scale and shift (ours).
-        layers[-2:] = [nn.BatchNorm1d(outputs, affine=False)]
         self.backbone = net
-        self.projector = nn.Sequential(*layers)
+        # The last layer has no ReLU (A.3.1), nor a learned scale and shift (ours).
+        self.projector = nn.Sequential(*layers[:-2], nn.BatchNorm1d(widths[-1], affine=False))
 
     def forward(self, x):
         return self.projector(self.backbone(x))
@@ -484,7 +481,6 @@ def pretrain(encoder, train, cfg):
             optimizer.step()
             session.log(step + 1, loss.detach(), lr, z1.detach())
         session.save(epoch + 1)
-    share_batch_norm_statistics(encoder)
 
 
 # ----------------------------------------- evaluation -------------------------------------
@@ -519,8 +515,8 @@ def knn_predict(train_features, train_labels, test_features, k):
     """Labels [Q] of test_features [Q, d] by the majority of the k most cosine-similar of
     train_features [N, d]. Ties go to the class of the nearest neighbour among them."""
     voters = train_labels[nearest(train_features, test_features, k)]  # [Q, k], nearest first
-    # How many of the k neighbours share the label of each: labels 3 5 3 have the votes 2 1 2.
-    votes = torch.stack([(voters == label[:, None]).sum(1) for label in voters.T], 1)
+    # How many of the k neighbours share the label of the j-th: labels 3 5 3 have the votes 2 1 2.
+    votes = torch.stack([(voters == jth[:, None]).sum(1) for jth in voters.T], 1)  # [Q, k]
     winner = votes.argmax(1, keepdim=True)  # the first of equal maxima, so the nearest
     return voters.gather(1, winner).squeeze(1)
 
@@ -530,11 +526,10 @@ def linear_predict(train_features, train_labels, test_features, l2):
     has no learning rate to tune. Features get unit length, then each dimension is standardised.
     """
     bank = F.normalize(train_features, dim=1)
-    queries = F.normalize(test_features, dim=1)
-    mean = bank.mean(0)
-    std = bank.std(0).clamp(min=1e-6)
+    std, mean = torch.std_mean(bank, 0)
+    std = std.clamp(min=1e-6)
     bank = (bank - mean) / std
-    queries = (queries - mean) / std
+    queries = (F.normalize(test_features, dim=1) - mean) / std
     weight = bank.new_zeros(int(train_labels.max()) + 1, bank.shape[1], requires_grad=True)
     offset = bank.new_zeros(len(weight), requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, offset], max_iter=100, line_search_fn="strong_wolfe")
@@ -597,11 +592,11 @@ def train_on_crops(backbone, width, train, cfg):
 # f(t(x)) is the projection of unit length (Assumption 4.2), unless another space is named.
 @torch.no_grad()
 def embed(encoder, data, cfg, name, n=1, groups=1, one_t=False):
-    """(unit projections, raw projections, backbone features), each [N, groups, d], on every rank.
+    """(unit projections, raw projections, backbone features), each [N, groups, d], on every rank:
+    means over n / groups views of each image.
 
-    The n views of an image fall into equal groups; each group is averaged. The same name gives the
-    same t to the same row; with one_t all images get the same t. Computed in float32 even where
-    training is not: rounding would be a distance, too.
+    The same name gives the same t to the same row; with one_t all images get the same t. Computed
+    in float32 even where training is not: rounding would be a distance, too.
     """
     encoder.eval()
     batches = torch.arange(len(data)).split(max(1, 512 // n))
@@ -652,8 +647,8 @@ def eq16(halves, labels):
 
 
 def measure_bias(encoder, train, cfg):
-    """Eq. 51, the paper's estimate of the bias, and Eq. 16, the bias (A.3.2), of unit projections
-    and, as raw_… and features_…, of raw projections and of the backbone's features.
+    """eq16, the bias itself, and eq51, the paper's estimate of it (A.3.2), in three spaces: unit
+    projections, raw projections (raw_…) and the backbone's features (features_…).
 
     Eq. 51 applies the same t to an image and to another one of its class; by Jensen's inequality
     it is an upper bound of Eq. 16. Both grow with the scale of the space, so there are
@@ -683,7 +678,8 @@ def measure_bias(encoder, train, cfg):
 
 def repulsion_bound(anchor, bank, labels, alpha):
     """B = (1/α) log Σ_y E[exp(α s) | y] for each anchor (Eq. 46). anchor, bank: [N, d]."""
-    log_count = labels.bincount().to(anchor.dtype).log()[labels]  # of each bank image's class
+    # E[· | y] is a sum over the images of y, divided by their number: here, its log is subtracted.
+    log_count = labels.bincount().to(anchor.dtype).log()[labels]  # [N], of each bank image's class
     parts = [(alpha * rows @ bank.T - log_count).logsumexp(1) for rows in anchor.split(1024)]
     return torch.cat(parts) / alpha
 
@@ -694,10 +690,10 @@ def theorem_sides(anchor, mean_view, bank, labels, alpha):
     anchor, bank: [N, d], one view of each image, drawn independently; mean_view: [N, d], E f(T(x)).
     Each image of the bank has its own t′.
 
-    Theorem 4.6 bounds max over y′ ≠ y of s(f, prototype of y′) by B/ν. In Case 1 of its proof the
-    largest product with a prototype is not positive, and Eq. 38 multiplies it by 1/ν ≥ 1: that
-    makes it smaller, where the bound needs it larger. So the bound holds where B ≥ 0 (sufficient,
-    not necessary; α ≤ log C is enough), and max(B, B/ν) always.
+    Theorem 4.6 bounds max over y′ ≠ y of s(f, prototype of y′) by B/ν. Its proof multiplies the
+    largest product with a prototype by 1/ν ≥ 1 (Eq. 38). In Case 1 that product is not positive, so
+    it gets smaller, where the bound needs it larger. The bound holds where B ≥ 0 (sufficient, not
+    necessary; α ≤ log C implies B ≥ 0), and max(B, B/ν) is one always.
     """
     prototypes = class_means(bank, labels)  # [C, d]
     own_class = F.one_hot(labels, len(prototypes)).bool()  # [N, C]
@@ -712,8 +708,8 @@ def theorem_sides(anchor, mean_view, bank, labels, alpha):
 
 def measure_bounds(encoder, train, cfg):
     """How tight Theorems 4.4 and 4.6 are: mean gaps, right minus left side (A.4.5, Fig. 6), and the
-    share of images where a bound fails. Means over t′ are taken over K views in Theorem 4.4, over
-    one view of each image, the bank, in Theorem 4.6.
+    share of images where a bound fails. The mean over t′ is over K views of the image in Theorem
+    4.4, and over the bank, one view of each image, in Theorem 4.6.
 
     attract_gap, attract_fails    Eq. 8, Theorem 4.4
     repel_gap, repel_fails        Eq. 10, Theorem 4.6, with a t′ of its own for each bank image
@@ -802,8 +798,7 @@ SETTING_GROUPS = {
         "data": ("", "where the images are; by default data/DATASET", None),
         "out": ("", "run directory, by default in runs/; the same command resumes it", None),
         "export": ("", "write features to this .npz file", None),
-        "save_every": (0, "keep a checkpoint of every Nth epoch (Fig. 6); 0: only the last",
-                       ">= 0"),
+        "save_every": (0, "keep every Nth epoch's checkpoint (Fig. 6); 0: only the last", ">= 0"),
         "workers": (8, "threads of each rank that read ImageNet; at most one a core", ">= 0")}}
 SETTINGS = {name: entry for group in SETTING_GROUPS.values() for name, entry in group.items()}
 MAKES_WEIGHTS = ["dataset", *WEIGHT_SETTINGS]  # must match on resume
@@ -877,11 +872,10 @@ def parse_flags(argv=None):
         refuse(f"{first.checkpoint} is no checkpoint of this version; --init takes its weights")
     dataset = saved.get("dataset", "patterns") if first.dataset is None else first.dataset
     require_one_of(RECIPES, dataset, f"--dataset {dataset} is unknown")
-    foreign = ["init"]  # the weights that the checkpoint began with
-    if dataset != saved.get("dataset"):
-        foreign += ["limit", "subset"]  # of the checkpoint's own images
-    saved = {name: value for name, value in saved.items() if name not in foreign}
-    parser.set_defaults(**recipe_of(dataset) | saved | {"dataset": dataset})
+    defaults = recipe_of(dataset) | saved | {"dataset": dataset, "init": ""}
+    if dataset != saved.get("dataset"):  # --limit and --subset were of the checkpoint's own images
+        defaults |= {"limit": 0, "subset": "full"}
+    parser.set_defaults(**defaults)
     parser.add_argument("-h", "--help", action="help", help="show this")
     cfg, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -977,12 +971,10 @@ def run(cfg):
     check_same_run(cfg)
     encoder = build_encoder(cfg, device)
     train, test = load_data(cfg, device)
-    cfg.images = digest([train.names, train.labels])
-    if test:
-        cfg.images += digest([test.names, test.labels])
+    cfg.images = "".join(digest([data.names, data.labels]) for data in (train, test) if data)
     bank = train  # what is searched, and what classifiers learn from
     if (train.labels < 0).any() and (train.labels >= 0).any():
-        bank = train.select((train.labels >= 0).nonzero().squeeze(1))
+        bank = train.select(train.labels >= 0)
     wanted = from_rank_0(lambda: possible_evaluations(cfg, train, bank, test))
     check_same_run(cfg, cfg.images)
     start_log(cfg, train, test)
@@ -1133,6 +1125,7 @@ class Session:
         self.cfg = cfg
         self.per_epoch = len(train) // cfg.batch_size
         self.encoder = dict(encoder.named_children())  # backbone, projector
+        self.statistics = list(encoder.buffers())  # of batch norms
         self.optimizer = optimizer
         self.made_by = {"config": values_of(cfg, MAKES_WEIGHTS), "images": cfg.images}
         state = resume(cfg.out / "last.pt", self.made_by, **self.encoder, optimizer=optimizer)
@@ -1178,6 +1171,9 @@ class Session:
 
     def save(self, epoch):
         """last.pt to resume from; every --save-every epochs a file that stays (Fig. 6)."""
+        if world_size() > 1:  # without SyncBatchNorm the ranks' differ: all take those of rank 0
+            for statistic in self.statistics:
+                dist.broadcast(statistic, 0)
         state = {**self.made_by, "epoch": epoch,
                  "seconds": self.seconds_before + time.perf_counter() - self.started}
         if self.cfg.save_every and epoch % self.cfg.save_every == 0:
@@ -1341,13 +1337,6 @@ def distribute(encoder, device):
     return nn.parallel.DistributedDataParallel(encoder)
 
 
-def share_batch_norm_statistics(encoder):
-    """Without SyncBatchNorm the ranks' statistics differ: all take those of rank 0."""
-    if world_size() > 1:
-        for statistic in encoder.buffers():
-            dist.broadcast(statistic, 0)
-
-
 class LARS(torch.optim.SGD):
     """SGD whose gradient of a weight matrix is scaled to 0.001 of that matrix's norm (You et al.,
     2017). Biases and other 1-d parameters are not scaled. No weight decay, as in SimSiam."""
@@ -1397,7 +1386,7 @@ def save_file(path, write):
     """Rank 0 saves what write(file) writes. A kill at any moment leaves the old file or the new."""
     if rank() > 0:
         return
-    content = io.BytesIO()
+    content = io.BytesIO()  # torch.save into a file of a full disk raises a RuntimeError
     write(content)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -1427,14 +1416,9 @@ def load_backbone(path, backbone):
         given = given[key] if isinstance(given.get(key), dict) else given
     # "module.encoder_q.layer1.0.conv1.weight" has a prefix; "backbone.4.0.conv1.weight", of
     # nn.Sequential(*resnet.children()), numbers in place of names, too.
-    numbers = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-    named = [key for key in given if key.endswith("layer1.0.conv1.weight")]
-    numbered = [key for key in given if key.endswith("4.0.conv1.weight")]
-    prefix, names = "", {}
-    if named:
-        prefix = named[0].removesuffix("layer1.0.conv1.weight")
-    elif numbered:
-        prefix, names = numbered[0].removesuffix("4.0.conv1.weight"), numbers
+    names = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+    early = re.compile(r"(.*\.|)(layer1|4)\.0\.conv1\.weight")
+    prefix = next((match[1] for match in map(early.fullmatch, given) if match), "")
     own, fits = backbone.state_dict(), {}
     for key, weight in given.items():
         first, _, rest = key.removeprefix(prefix).partition(".")
@@ -1460,11 +1444,9 @@ def export(path, features, parts):
 
 
 # ----------------------------------------- photographs ------------------------------------
-try:  # photographs of iPhones
+with contextlib.suppress(ImportError):  # photographs of iPhones
     from pillow_heif import register_heif_opener
     register_heif_opener()
-except ImportError:
-    pass
 Image.MAX_IMAGE_PIXELS = None  # photographs of any size
 LONGEST = 3  # in memory a longer panorama loses its ends: it would enlarge the square of all images
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val",
@@ -1559,7 +1541,7 @@ def hold_out(files):
     if not test.any():  # one image a class
         return [files]
     say(f"no test images: a fixed tenth of each class is held out ({test.sum()} images)")
-    return [files.select(rows.nonzero().squeeze(1)) for rows in (~test, test)]
+    return [files.select(~test), files.select(test)]
 
 
 def read_image(file, pixels=1e12, side=1):
@@ -1600,7 +1582,7 @@ def read_into_memory(files, size, *least):
     limit = math.inf
     if hasattr(os, "sysconf"):
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / ranks
-    images, side = [], 1
+    good, bad, side = {}, [], 1  # good: {row: pixels}
 
     def read(name):
         try:
@@ -1614,27 +1596,25 @@ def read_into_memory(files, size, *least):
     # Closing `arrays` cancels what is not read yet: after Ctrl-C, or if memory is too small.
     with (ThreadPoolExecutor(cores() * ranks) as pool,  # the other ranks wait
           contextlib.closing(pool.map(read, files.names)) as arrays):
-        for image in progress("reading images", arrays, len(files)):
-            images.append(image)
-            if not isinstance(image, str):
-                side = max(side, *image.shape[:2])
+        for row, image in enumerate(progress("reading images", arrays, len(files))):
+            if isinstance(image, str):
+                bad.append(image)
+                continue
+            good[row] = image
+            side = max(side, *image.shape[:2])
             if len(files) * 3 * side ** 2 > limit:
                 refuse(f"{len(files)} images of {side}×{side} pixels do not fit into memory: "
                        "--dataset imagenet reads them from disk, in every epoch")
-    bad = [image for image in images if isinstance(image, str)]
-    if len(bad) > len(images) / 10:
-        refuse(f"{len(bad)} of {len(images)} images are unreadable: {bad[0]}")
+    if len(bad) > len(files) / 10:
+        refuse(f"{len(bad)} of {len(files)} images are unreadable: {bad[0]}")
     if bad:
-        say(f"left out: {len(bad)} of {len(images)} images are unreadable: {'; '.join(bad[:3])}")
-    good = torch.tensor([row for row, image in enumerate(images) if not isinstance(image, str)])
+        say(f"left out: {len(bad)} of {len(files)} images are unreadable: {'; '.join(bad[:3])}")
+    kept = files.select(torch.tensor(list(good)))
+    shapes = torch.tensor([image.shape[:2] for image in good.values()])
     memory = torch.zeros(len(good), 3, side, side, dtype=torch.uint8)
-    shapes = torch.zeros(len(good), 2, dtype=torch.long)
-    for place, row in enumerate(good.tolist()):
-        height, width, _ = images[row].shape
-        memory[place, :, :height, :width] = torch.from_numpy(images[row]).permute(2, 0, 1)
-        shapes[place] = torch.tensor([height, width])
-        images[row] = None  # frees it
-    kept = files.select(good)
+    for place, row in enumerate(list(good)):
+        image = torch.from_numpy(good.pop(row)).permute(2, 0, 1)  # pop frees its memory
+        memory[place, :, :image.shape[1], :image.shape[2]] = image
     return Images(memory, shapes, kept.labels, kept.names, kept.classes, size, bad)
 
 
@@ -1658,12 +1638,9 @@ class ImageFiles(Images):
             for request in requests:
                 ahead.append(jobs.submit(self.read_batch, threads, request, views))
                 if len(ahead) > 2:
-                    yield self.on_device(*ahead.popleft().result())
+                    yield ahead.popleft().result()
             while ahead:
-                yield self.on_device(*ahead.popleft().result())
-
-    def on_device(self, step, x, t):
-        return step, to_device(x, self.device).float() / 255, t
+                yield ahead.popleft().result()
 
     def read_batch(self, threads, request, views):
         """step, x uint8 [n·b, 3, size, size], t for a request (step, rows [b], t)."""
@@ -1720,17 +1697,16 @@ def read_data(cfg):
 def read_torchvision(dataset, root):
     """CIFAR-10, CIFAR-100 or STL-10 in torchvision's layout, downloaded if they are not there."""
     kind = getattr(torchvision.datasets, dataset.upper())
-    stl10 = dataset == "stl10"
+    names = ["train+unlabeled", "test"] if dataset == "stl10" else [True, False]
     try:
-        train, test = [kind(root, part, download=True)
-                       for part in (["train+unlabeled", "test"] if stl10 else [True, False])]
+        parts = [kind(root, name, download=True) for name in names]
     except (OSError, RuntimeError) as error:
         refuse(f"{dataset} is not in {root} and cannot be downloaded ({error}): put torchvision's "
                f"files or class folders train/ and test/ there")
-    if stl10:
-        return [in_memory(part.data, part.labels, part.classes) for part in (train, test)]
+    if dataset == "stl10":
+        return [in_memory(part.data, part.labels, part.classes) for part in parts]
     return [in_memory(part.data.transpose(0, 3, 1, 2), part.targets, part.classes)
-            for part in (train, test)]
+            for part in parts]
 
 
 def in_memory(pixels, labels, classes):
@@ -1881,10 +1857,7 @@ def draw_views(data, cfg):
 
 def find_neighbors(backbone, extracted, bank, test, cfg):
     """For 8 test images, or training images if there are none, the rows of their 8 nearest
-    training images. Searches all of them if their features were extracted before, else 5,000.
-
-    extracted: {images: features} of those that were extracted before.
-    """
+    training images. Searches all if `extracted` {images: features} has theirs, else 5,000."""
     asked = test or bank
     queries = balanced_subset(asked.labels, min(8, len(asked)), "picture")
     if bank in extracted:

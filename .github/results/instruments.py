@@ -163,10 +163,7 @@ def measure_checkpoint(wanted, cfg):
     device = balcon.start_processes()
     train, test = balcon.load_data(cfg, device)
     encoder = balcon.build_encoder(cfg, device)
-    if cfg.checkpoint:
-        balcon.load_parts(cfg.checkpoint, balcon.load_file(cfg.checkpoint),
-                          backbone=encoder.backbone, projector=encoder.projector)
-    labelled = train.select((train.labels >= 0).nonzero().squeeze(1))
+    labelled = train.select(train.labels >= 0)
     data, labels = balcon.theory_images(labelled, cfg)
     found = {"images": len(data), "alpha": cfg.alpha, "lam": cfg.lam, "seed": cfg.seed}
     z = None
