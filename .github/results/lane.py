@@ -28,26 +28,30 @@ METHODS = {  # stage A1: the middle one of the first three rates
 ADDED = {  # stage A1b, added when A1 was known: αλ = 16 and 32, and the decoupled loss
     ("ntxent", 32, 1): 0.4, ("balanced", 8, 2): 0.8, ("balanced", 4, 4): 0.8,
     ("balanced", 16, 1): 0.8, ("balanced", 8, 1): 0.8}
+EXTRA = {("balanced", 32, 1): 0.4}  # stage A1c, added when A2b had two rows: 16 was an edge
+SEARCHES = {"A1": METHODS, "A1b": ADDED, "A1c": EXTRA}
 
 
 def run_of(stage, method, rate, seed, epochs, more=""):
     loss, alpha, lam = method
     return {"id": f"{stage}-{loss}-a{alpha}-l{lam}-lr{rate:g}-s{seed}", "stage": stage,
-            "preset": "HV" if stage in ("A1", "A1b") else "H", "seed": seed,
+            "preset": "HV" if stage in SEARCHES else "H", "seed": seed,
             "argv": f"--loss {loss} --alpha {alpha} --lam {lam} --lr {rate:g} --epochs {epochs}"
                     + more}
 
 
 def rates_of(method, rows):
-    """{rate: validation accuracy} of stage A1 or A1b."""
+    """{rate: validation accuracy} in the stage that searches this method's."""
     loss, alpha, lam = method
-    prefix = f"{'A1' if method in METHODS else 'A1b'}-{loss}-a{alpha}-l{lam}-lr"
+    stage, = [stage for stage, methods in SEARCHES.items() if method in methods]
+    prefix = f"{stage}-{loss}-a{alpha}-l{lam}-lr"
     return {float(name[len(prefix):-3]): row["linear"] for name, row in rows.items()
             if name.startswith(prefix)}
 
 
-def search(stage, methods, rows):
+def search(stage, rows):
     """The missing rates: three for each method, then beyond an edge as long as it is the best."""
+    methods = SEARCHES[stage]
     first = [run_of(stage, method, middle * factor, 0, 2)
              for factor in (1, 0.5, 2) for method, middle in methods.items()]
     missing = [run for run in first if run["id"] not in rows]
@@ -74,9 +78,19 @@ def finalists(methods, rows):
     return {kind: found[1:] for kind, found in best.items()}
 
 
+def second_seeds(pairs, known):
+    """Six seeds of each (method, rate), in A2b unless A2 has its first; without the known ones."""
+    runs = []
+    for seed in range(6):
+        for pair in pairs:
+            in_a2 = run_of("A2", *pair, 0, 4)["id"] in known
+            runs.append(run_of("A2" if in_a2 else "A2b", *pair, seed, 4))
+    return [run for run in runs if run["id"] not in known]
+
+
 def plan(rows):
     """All runs, stage by stage; a stage needs the rows of the one before it that can change it."""
-    missing = search("A1", METHODS, rows)
+    missing = search("A1", rows)
     if any(not run["id"].startswith("A1-balanced-a4-l1-") for run in missing):  # not in A2
         return missing
     best = finalists(METHODS, rows)
@@ -86,17 +100,18 @@ def plan(rows):
     runs = [run_of("A2", *pair, seed, 4) for seed in range(6)
             for pair in ((simclr, simclr_rate), (balanced, balanced_rate))]
     runs += [run_of("A2", *pair, seed, 4) for seed in range(3) for pair in checks]
-    added = search("A1b", ADDED, rows)
+    added = search("A1b", rows)
     if added or missing:
         return [run for run in missing + runs + added if run["id"] not in rows]
     best = finalists([*METHODS, *ADDED], rows)
     final, decoupled = [best["ntxent", True], best["balanced", False]], best["balanced", True]
     known = {run["id"] for run in runs}
-    for seed in range(6):
-        for pair in [*final, decoupled]:
-            in_a2 = run_of("A2", *pair, 0, 4)["id"] in known
-            run = run_of("A2" if in_a2 else "A2b", *pair, seed, 4)
-            runs += [run] * (run["id"] not in known)
+    runs += second_seeds([*final, decoupled], known)
+    extra = search("A1c", rows)
+    if not extra:
+        decoupled = finalists([*METHODS, *ADDED, *EXTRA], rows)["balanced", True]
+        runs += second_seeds([decoupled], known | {run["id"] for run in runs})
+    runs += extra
     twenty = [run_of("A3", *pair, seed, 20) for seed in range(3) for pair in final]
     twenty[1]["argv"] += " --save-every 2"  # for Fig. 6
     b = [run_of("B", (loss, 8, 4), rate, 0, 20, " --save-every 2")

@@ -333,7 +333,7 @@ KINDS = {("ntxent", True): "simclr", ("balanced", False): "balanced",
 
 
 def validation_rows(stage="A1", methods=lane.METHODS):
-    """A1, A1b: linear accuracy on validation images of each method over its rates."""
+    """A1, A1b, A1c: linear accuracy on validation images of each method over its rates."""
     runs = select(stage=stage)
     if not runs:
         return NOT_YET
@@ -364,8 +364,7 @@ def stage_rows(stage):
 
 def searches_ended():
     rows = {run["id"]: run for run in select(stage="A1") + select(stage="A1b")}
-    return bool(rows) and not lane.search("A1", lane.METHODS, rows) + lane.search(
-        "A1b", lane.ADDED, rows)
+    return bool(rows) and not lane.search("A1", rows) + lane.search("A1b", rows)
 
 
 def best_rows():
@@ -488,12 +487,12 @@ def new_seeds():
 
 def question_figures():
     found = {f"A/{name}": text for name, text in answer_to_a().items()}
-    for stage in ("A1", "A1b", "A2", "A2b", "A3", "A3b", "B"):
+    for stage in ("A1", "A1b", "A1c", "A2", "A2b", "A3", "A3b", "B"):
         found[f"{stage}/runs"] = str(len(select(stage=stage)))
     rows = {run["id"]: run for run in select(stage="A1") + select(stage="A1b")}
     found |= best_of_search(rows) | second_pair() | new_seeds()
     found["A1/state"] = "not finished yet: runs are added until each best rate is interior"
-    if rows and not lane.search("A1", lane.METHODS, rows):
+    if rows and not lane.search("A1", rows):
         found["A1/state"] = "finished"
     for stage in ("A2", "A3"):
         pair = finalists(stage)
@@ -839,6 +838,7 @@ TABLES = {
     "first": first_rows, "main": main_rows, "own": own_rows, "leads": lead_rows,
     "A1": validation_rows,
     "A1b": functools.partial(validation_rows, "A1b", lane.ADDED),
+    "A1c": functools.partial(validation_rows, "A1c", lane.EXTRA),
     **{stage: functools.partial(stage_rows, stage) for stage in ("A2", "A2b", "A3", "A3b", "B")},
     "C": c_rows, "C theory": c_theory_rows, "C bias": c_bias_rows,
     "validation": functools.partial(preset_rates, "V"),

@@ -547,7 +547,7 @@ def with_rows(monkeypatch):
 
 def test_stages_say_that_they_have_not_run(with_rows):
     with_rows()
-    for stage in ("A1", "A1b", "A2", "A2b", "A3", "A3b", "B"):
+    for stage in ("A1", "A1b", "A1c", "A2", "A2b", "A3", "A3b", "B"):
         assert page.evaluated(f"table {stage}") == "*Not run yet.*"
     assert page.derived()["A/verdict"] == "open: A2, A2b, A3 not run yet"
     assert page.derived()["A1/runs"] == "0"
@@ -804,8 +804,15 @@ def test_the_lane_searches_rates_then_trains_the_finalists_then_looks_at_added_c
     rest = names()[18:]
     assert rest[:12] == [f"A2b-{name}-s{seed}" for seed in range(6)
                          for name in ("balanced-a8-l2-lr0.8", "balanced-a4-l1-lr0.8")]
-    assert rest[12:14] == ["A3-ntxent-a8-l1-lr0.8-s0", "A3-balanced-a8-l2-lr0.8-s0"]
-    assert [name[:2] for name in rest[14:]] == ["B-"] * 4 + ["A3"] * 7
+    assert rest[12:15] == [f"A1c-balanced-a32-l1-lr{rate}-s0" for rate in ("0.4", "0.2", "0.8")]
+    assert rest[15:17] == ["A3-ntxent-a8-l1-lr0.8-s0", "A3-balanced-a8-l2-lr0.8-s0"]
+    assert [name[:2] for name in rest[17:]] == ["B-"] * 4 + ["A3"] * 7
+    assert rest[-1] == "A3b-balanced-a4-l1-lr0.8-s2"
+    for best, more in ((60, []), (71, [f"A2b-balanced-a32-l1-lr0.4-s{seed}" for seed in range(6)])):
+        search("A1c", lane.EXTRA, {("balanced", 32, 1): best})
+        now = names()[18:]
+        assert now[:12] == rest[:12] and now[12:-13] == more
+    assert now[-1] == "A3b-balanced-a32-l1-lr0.4-s2"
 
 
 @pytest.mark.parametrize("question", [lane, question_c])
