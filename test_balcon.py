@@ -59,14 +59,15 @@ def assert_uniform(values, low, high):
 
 def on_a_rank(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    jobs = losses_and_gradients, evaluated, train_tiny, train_with_norm
-    torch.save({job: job(folder) for job in jobs}, folder / f"{rank}.results")
+    results = {"losses": losses_and_gradients(), "evaluated": evaluated(folder),
+               "trained": train_tiny(folder), "with norm": train_tiny(folder, norm=True)}
+    torch.save(results, folder / f"{rank}.results")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """[{job: what it returns} on each of two processes], which are started once for all jobs."""
+    """[{job: what it returned} on each of two processes], which are started once for all jobs."""
     folder = tmp_path_factory.mktemp("two_ranks")
     torch.multiprocessing.spawn(on_a_rank, [folder], nprocs=2)
     return [torch.load(folder / f"{rank}.results", weights_only=False) for rank in (0, 1)]
@@ -99,15 +100,10 @@ def loss_by_loops(name, z1, z2, alpha, lam, kind="cosine"):
     """Eq. 17 read aloud: each of the 2m anchors, its positive, and the list of what it repels."""
     z, m, total = torch.cat([z1, z2]).double(), len(z1), 0
     for i, anchor in enumerate(z):
-        repelled = []
-        for j, view in enumerate(z):
-            s = similarity(anchor, view, kind)
-            is_positive = i % m == j % m and i != j
-            if is_positive:
-                total = total - s
-            if i % m != j % m or is_positive and name == "ntxent":
-                repelled.append(alpha * s)
-        total = total + lam / alpha * torch.stack(repelled).logsumexp(0)
+        s = torch.stack([similarity(anchor, view, kind) for view in z])
+        positive = (i + m) % (2 * m)
+        repelled = [j for j in range(2 * m) if j % m != i % m or name == "ntxent" and j == positive]
+        total = total - s[positive] + lam / alpha * (alpha * s[repelled]).logsumexp(0)
     return total / (2 * m)
 
 
@@ -182,7 +178,7 @@ def test_losses_refuse_nonsense():
                 loss(z1, z2, *arguments)
 
 
-def losses_and_gradients(folder):
+def losses_and_gradients():
     """{(loss, similarity): (loss, gradient of a step)} of this rank's images, by pasted code."""
     pasted = {"math": math, "torch": torch, "F": F, "dist": dist}  # an empty file's imports
     for name in LOSSES.values():
@@ -202,7 +198,7 @@ def losses_and_gradients(folder):
 
 
 def test_two_processes_have_the_loss_and_gradients_of_one_unless_told_to_compute_alone(two_ranks):
-    first, second = (results[losses_and_gradients] for results in two_ranks)
+    first, second = (results["losses"] for results in two_ranks)
     x = random_views(8, 6)
     torch.manual_seed(1)
     weight = nn.Linear(6, 4, bias=False).double().weight
@@ -331,16 +327,6 @@ def test_numbers_are_uniform_and_a_function_of_key_and_name_of_which_ranks_see_t
     assert torch.equal(chosen.uniform("sigma", -1, 3, 2), first[[17, 2900]])
 
 
-@pytest.mark.parametrize("name", PROBABILITIES)
-def test_an_augmentation_changes_its_share_of_the_images_and_the_same_ones_of_others(name):
-    changed = []
-    for x in (pixels(2002, 6)[2:], 0.9 * pixels(2002, 6)[2:].flip(-2)):
-        t = balcon.Draw(("key",), 2000, torch.arange(2000))
-        changed.append((balcon.augment(x.clone(), t, [name]) != x).flatten(1).any(1))
-    assert changed[0].double().mean().item() == pytest.approx(PROBABILITIES[name], abs=0.035)
-    assert torch.equal(*changed)
-
-
 def test_every_number_has_a_name_of_its_own(monkeypatch):
     names, uniform = [], balcon.Draw.uniform
     monkeypatch.setattr(balcon.Draw, "uniform", lambda t, name, *more:
@@ -349,14 +335,6 @@ def test_every_number_has_a_name_of_its_own(monkeypatch):
     balcon.random_crop_boxes(t, torch.full((99, 2), 8), (0.2, 1))
     balcon.augment(pixels(99, 8), t, list(PROBABILITIES))
     assert len(names) == len(set(names)) == 3 + 7 + 6
-
-
-def test_augmentations_come_in_the_order_of_their_names():
-    shares = []
-    for names in (["random_cutout", "grayscale"], ["grayscale", "random_cutout"]):
-        x = balcon.augment(pixels(999, 8), balcon.Draw("k", 999, torch.arange(999)), names)
-        shares.append((x.amax(1) - x.amin(1) < 1e-6).flatten(1).all(1).double().mean().item())
-    assert shares == pytest.approx([0.2, 0.1], abs=0.03)  # a hole cut last is not grey
 
 
 def crop_box(shape, areas, log_ratios, corners):
@@ -384,19 +362,7 @@ def test_crops_are_those_of_random_resized_crop_inside_each_image_of_a_padded_ba
     for i, ((height, width), *drawn) in enumerate(zip(shape.tolist(), *numbers)):
         box = crop_box((height, width), *drawn)
         assert tuple(boxes[i].tolist()) == box
-        assert box[0] + box[2] <= height and box[1] + box[3] <= width
         assert_close(got[i], TF.resized_crop(x[i], *box, [size, size]))
-
-
-@pytest.mark.parametrize("shape", [(200, 300), (320, 240), (205, 900)])
-def test_plain_images_are_resized_and_cropped_in_the_centre_up_to_a_grey_level(shape):
-    down, across = torch.meshgrid(*(torch.linspace(0, 1, n) for n in shape), indexing="ij")
-    image = torch.stack([down, across, down * across])
-    padded = torch.rand(1, 3, max(shape), max(shape))
-    padded[0, :, :shape[0], :shape[1]] = image
-    got = balcon.crop_resize(padded, balcon.central_boxes(torch.tensor([shape])), 28)[0]
-    expected = TF.center_crop(TF.resize(image, [32]), [28])
-    assert (got - expected).abs().mean((1, 2)).max() < 1 / 255
 
 
 def file_images(files, size, workers=0):
@@ -406,20 +372,19 @@ def file_images(files, size, workers=0):
 
 
 @pytest.mark.parametrize("kind", ["files", "memory"])
-def test_one_two_and_three_ranks_see_the_same_views_of_random_resized_crop(
+def test_one_two_and_three_ranks_see_the_same_crops_and_augmentations_in_order(
         kind, tmp_path, pretend_ranks):
-    images = [np.random.default_rng(i).integers(0, 256, (*shape, 3), dtype=np.uint8)
-              for i, shape in enumerate([(32, 32), (40, 92), (92, 41)] * 3)]
+    images = [torch.randint(256, (3, *shape), generator=generator(i)).byte() / 255
+              for i, shape in enumerate([(32, 32), (45, 92), (92, 41)] * 3)]
     for i, image in enumerate(images):
-        Image.fromarray(image).save(tmp_path / f"{i}.png")
-    images = [torch.from_numpy(image).permute(2, 0, 1) / 255 for image in images]
+        TF.to_pil_image(image).save(tmp_path / f"{i}.png")
     data = file_images(sorted(tmp_path.iterdir()), 16)
     if kind == "memory":
         data = balcon.read_into_memory(data, 16)
-    rows, views = torch.tensor([4, 0, 8, 1, 2]), balcon.Views(list(PROBABILITIES), 16, (0.2, 1))
+    assert {name: share for name, (_, share) in balcon.AUGMENTATIONS.items()} == PROBABILITIES
+    rows, views = torch.tensor([4, 0, 8, 1, 2]), balcon.Views([*PROBABILITIES][::-1], 16, (0.2, 1))
     t = balcon.Draw(("key", 3), 10, torch.arange(10))  # two views of each row, view by view
-    x = crops_of([images[row] for row in rows.repeat(2)], t, (0.2, 1), 16)
-    x = TF.normalize(balcon.augment(x, t, views.names), MEAN, STD).unflatten(0, (2, 5))
+    x = views_of([images[row] for row in rows.repeat(2)], t, *views).unflatten(0, (2, 5))
     for rank, world in ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)):
         pretend_ranks(rank, world)
         (step, got), = data.batches([(3, rows)], views, 2, ("key",))
@@ -438,32 +403,30 @@ def test_one_two_and_three_ranks_see_the_same_views_of_random_resized_crop(
         assert torch.equal(seen[2::3], got)  # got: of the third of three ranks
 
 
-def crops_of(images, t, scale, size):
-    """Views of these images before the augmentations, with the numbers of t."""
+def views_of(images, t, names, size, scale):
+    """A view of each of these images, with the numbers of t."""
     numbers = [t.uniform("area", *scale, 10), t.uniform("corner", 0, 1, 10, 2),
                t.uniform("ratio", math.log(3 / 4), math.log(4 / 3), 10)]
     crops = []
     for image, area, corner, ratio in zip(images, *(number.tolist() for number in numbers)):
         box = crop_box(image.shape[1:], area, ratio, corner)
         crops.append(TF.resized_crop(image, *box, [size, size]))
-    return torch.stack(crops)
+    x = torch.stack(crops)
+    for name in names:
+        chosen = t.uniform(f"apply {name}", 0, 1) < PROBABILITIES[name]
+        if chosen.any():
+            x[chosen] = balcon.AUGMENTATIONS[name][0](x[chosen], t.only(chosen))
+    return TF.normalize(x, MEAN, STD)
 
 
-def test_the_same_key_gives_the_same_t_to_other_images_and_one_t_to_all():
+def test_one_t_is_that_of_all_images_and_steps_but_of_one_key_only():
     image = torch.randint(256, (1, 3, 9, 9), generator=generator(0)).byte()
-    same = balcon.in_memory(image.expand(6, 3, 9, 9), torch.zeros(6), ["a"])
+    same = balcon.in_memory(image.expand(3, 3, 9, 9), torch.zeros(3), ["a"])
     views = balcon.Views(list(PROBABILITIES), 8, (0.2, 1))
-
-    def seen(rows, **keywords):
-        steps = [(step, torch.tensor(rows)) for step in (0, 1)]
-        return torch.stack([x for _, x in same.batches(steps, views, **keywords)])
-
-    x = seen([0, 1, 2], key=("a",))
-    assert torch.equal(x, seen([5, 3, 4], key=("a",)))
-    assert len(torch.cat([*x, *seen([0, 1, 2], key=("b",))]).unique(dim=0)) == 12
-    x = seen([0, 1, 2], key=("a",), one_t=True)
-    assert len(x.flatten(0, 1).unique(dim=0)) == 1
-    assert not torch.equal(x, seen([0, 1, 2], key=("b",), one_t=True))
+    steps = [(step, torch.arange(3)) for step in (0, 1)]
+    first, other = (torch.cat([x for _, x in same.batches(steps, views, key=key, one_t=True)])
+                    for key in "ab")
+    assert len(first.unique(dim=0)) == 1 and not torch.equal(first, other)
 
 
 def test_a_selection_stays_on_the_device_of_its_images():
@@ -636,9 +599,7 @@ def test_unreadable_files_are_left_out_and_named_up_to_a_tenth(tmp_path, capsys)
     assert "are unreadable" in refused(tmp_path)
 
 
-def test_ctrl_c_while_images_are_read_does_not_wait_for_all_of_them(tmp_path, monkeypatch):
-    put_images(tmp_path, "  ".join(f"{i}.png" for i in range(200)))
-    files = file_images(sorted(tmp_path.iterdir()), 16)
+def test_ctrl_c_while_images_are_read_does_not_wait_for_all_of_them(monkeypatch):
     seen = []
 
     def slowly(file, *least):
@@ -654,7 +615,7 @@ def test_ctrl_c_while_images_are_read_does_not_wait_for_all_of_them(tmp_path, mo
     monkeypatch.setattr(balcon, "read_image", slowly)
     monkeypatch.setattr(balcon, "progress", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        balcon.read_into_memory(files, 16)
+        balcon.read_into_memory(file_images(range(200), 16), 16)
     assert len(seen) < 50
 
 
@@ -688,6 +649,7 @@ ALBUMS = {  # files: [(labels, names) of the training and test images], what is 
     "2024-05 München/1.png  2024-06/2.png  loose.png":
         ("2024-05|München/1.png 2024-06/2.png loose.png", [-1] * 3, None, "no|labels loose.png"),
     "1.png  2.png": ("1.png 2.png", [-1, -1], None, ""),
+    "x/1.png  y/2.png": ("x/1.png y/2.png", [0, 1], None, "classes:|x,|y"),  # one image a class
     "x/1.png  x/y/2.png": ("x/1.png x/y/2.png", [-1, -1], None, ""),
     "train/1.png  train/2.png": ("train/1.png train/2.png", [-1, -1], None, "")}
 
@@ -735,8 +697,6 @@ def test_a_fixed_tenth_is_held_out_and_limit_keeps_the_same_images_for_every_see
     assert limited[0].labels.bincount().tolist() == [4, 8]
     assert (limited[0].names == limited[1].names).all()
     assert not {*limited[0].names} & {*test.names}
-    put_images(tmp_path / "one image a class", "x/a.png  y/b.png")
-    assert loaded(tmp_path / "one image a class")[1] is None
 
 
 # ----------------------------------------- other images, and the model --------------------
@@ -768,41 +728,34 @@ def test_torchvisions_data_sets_are_taken_as_they_are(dataset, side, monkeypatch
         assert data.labels.tolist() == [0, 1, label, 0]
     monkeypatch.setattr(torchvision.datasets, dataset.upper(), Mock(side_effect=OSError))
     assert str(tmp_path) in refused(tmp_path, dataset=dataset)
-    put_images(tmp_path, "train/a/1.png  train/b/2.png")  # class folders in its place
-    assert f"1.png is not {side}×{side}" in refused(tmp_path, dataset=dataset)
-
-
-def test_cifar_in_class_folders_is_evaluated_whole(tmp_path):
-    x = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    for name in ("train/a", "train/b", "test/a", "test/b"):
-        (tmp_path / name).mkdir(parents=True)
-        Image.fromarray(x).save(tmp_path / name / "0.png")
-    for data in loaded(tmp_path, dataset="cifar10"):
+    # Class folders in its place: their images must have this size, and are evaluated whole.
+    put_images(tmp_path, "train/a/1.png  train/b/2.png  test/a/3.png  test/b/4.png")
+    assert f"train/a/1.png is not {side}×{side}" in refused(tmp_path, dataset=dataset)
+    x = torch.randint(256, (3, side, side), generator=generator(0)).byte()
+    for file in tmp_path.rglob("*.png"):
+        TF.to_pil_image(x).save(file)
+    for data in loaded(tmp_path, dataset=dataset):
         (_, got), = data.batches([(0, torch.arange(2))])
-        assert_close(got[1], TF.normalize(torch.from_numpy(x).permute(2, 0, 1) / 255, MEAN, STD))
+        assert_close(got[1], TF.normalize(x / 255, MEAN, STD))
 
 
 def test_the_projector_and_the_stem_are_the_papers():  # A.3.1, A.4.1
     encoder = balcon.Encoder("resnet10", "cifar", [32, 16, 8])
     x = torch.randn(2, 3, 32, 32)
     assert_close(encoder(x), encoder.projector(encoder.backbone(x)))
-    names = [type(layer).__name__ for layer in encoder.projector]
-    assert names == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear", "BatchNorm1d"]
-    shapes = [list(weight.shape) for weight in encoder.projector.parameters()]
-    # Linear layers have no bias, and the last batch norm has no parameters.
-    assert shapes == [[32, 512], [32], [32], [16, 32], [16], [16], [8, 16]]
-    conv = encoder.backbone.conv1
-    assert conv.kernel_size == (3, 3) and conv.bias is None
-    assert encoder.backbone.maxpool(conv(torch.zeros(1, 3, 32, 32))).shape == (1, 64, 32, 32)
+    assert str(encoder.projector) == str(nn.Sequential(
+        nn.Linear(512, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(),
+        nn.Linear(32, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(),
+        nn.Linear(16, 8, bias=False), nn.BatchNorm1d(8, affine=False)))
+    stem = [encoder.backbone.conv1, encoder.backbone.maxpool]
+    assert str(stem) == str([nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()])
     # As torchvision's convolutions: normal, of He's variance by outputs.
-    assert_uniform(torch.special.ndtr(conv.weight / math.sqrt(2 / (64 * 9))), 0, 1)
+    assert_uniform(torch.special.ndtr(stem[0].weight / math.sqrt(2 / (64 * 9))), 0, 1)
 
 
 def test_weights_are_a_function_of_the_seed():
-    cfg = balcon.parse_flags([])
-    states = []
-    for cfg.seed in (0, 0, 1):
-        states.append(balcon.build_encoder(cfg, CPU).state_dict())
+    states = [balcon.build_encoder(balcon.parse_flags(["--seed", seed]), CPU).state_dict()
+              for seed in "001"]
     for name in ("backbone.layer1.0.conv1.weight", "projector.0.weight"):
         first, again, other = (state[name] for state in states)
         assert torch.equal(first, again) and not torch.equal(first, other)
@@ -841,17 +794,13 @@ def test_backbones_are_torchvisions_and_init_takes_the_weights_that_fit(name, bl
         built_from(weights, tmp_path, "--backbone", "resnet50")
 
 
-class Trap:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):  # what the unpickler calls
-        return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("flag", ["--init", "--checkpoint"])
 def test_a_file_of_weights_runs_no_code(flag, tmp_path):
-    torch.save({"backbone": Trap(tmp_path / "ran")}, tmp_path / "a.pt")
+    class Trap:
+        def __reduce__(self):  # what the unpickler calls
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"backbone": Trap()}, tmp_path / "a.pt")
     with pytest.raises(balcon.UserError, match="cannot read"):
         balcon.build_encoder(balcon.parse_flags([flag, str(tmp_path / "a.pt")]), CPU)
     assert not (tmp_path / "ran").exists()
@@ -934,25 +883,32 @@ def crops_classifier(out, patience=None, moved=0.0, **flags):
     """The classifier after 3 epochs (batches of 9, 9, 1 images), and what its backbone saw."""
     encoder = stub(patience)
     encoder.backbone[0].running_mean += moved
-    cfg = settings(out=out, **flags)
+    cfg = settings(out=out, **{"seed": 5} | flags)
     classifier = balcon.train_on_crops(encoder.backbone, 192, pictures(19, 8), cfg)
     (out / "classifier.pt").unlink()  # else the next call would find it finished
     return classifier, encoder.seen
 
 
 @pytest.mark.parametrize("name, lr", [("sgd", 5.0), ("lars", 500.0)])
-def test_crops_classifier_is_a_softmax_regression_by_sgd_or_lars_in_epochs_of_all_images(
+def test_crops_classifier_is_a_softmax_regression_by_sgd_or_lars_on_fresh_crops_of_all_images(
         name, lr, tmp_path):
     start, _ = crops_classifier(tmp_path, probe_lr=1e-30)  # does not move
+    other, others = crops_classifier(tmp_path, probe_lr=1e-30, seed=0)
     got, inputs = crops_classifier(tmp_path, probe_lr=lr, probe_optimizer=name)
+    assert not torch.equal(start.weight, other.weight)
+    assert not torch.equal(rows_of(inputs[0]), rows_of(others[0]))
     assert [len(x) for x in inputs] == 3 * [9, 9, 1]
     orders = [rows_of(torch.cat(inputs[i:i + 3])).tolist() for i in (0, 3, 6)]
     assert orders[0] != orders[1] != orders[2]
     assert all(sorted(order) == list(range(19)) for order in orders)
     weights, velocity = [*start.parameters()], [0, 0]
     for step, x in enumerate(inputs):
-        features = x.flatten(1) / math.sqrt(1 + 1e-5)  # of the batch norm in eval mode
-        loss = F.cross_entropy(F.linear(features, *weights), rows_of(x) % 3)
+        rows, n = rows_of(x), len(x)
+        t = balcon.Draw((5, "classifier views", step // 3, step % 3), n, torch.arange(n))
+        views = views_of(pictures(19, 8).pixels[rows] / 255, t, ["flip"], 8, (0.08, 1))
+        assert_close(x, views, 1e-4)
+        features = views.flatten(1) / math.sqrt(1 + 1e-5)  # of the batch norm in eval mode
+        loss = F.cross_entropy(F.linear(features, *weights), rows % 3)
         rate = lr * 9 / 256 * (1 + math.cos(math.pi * step / 9)) / 2
         for i, gradient in enumerate(torch.autograd.grad(loss, weights)):
             if name == "lars" and i == 0:  # the matrix; the bias is not scaled
@@ -963,34 +919,11 @@ def test_crops_classifier_is_a_softmax_regression_by_sgd_or_lars_in_epochs_of_al
     assert_close(got.bias, weights[1], 1e-4)
 
 
-def test_the_classifier_depends_on_the_seed_and_trains_beside_bfloat16(tmp_path):
-    (first, seen), (other, others) = (crops_classifier(
-        tmp_path, seed=seed, probe_lr=1e-30, precision="bfloat16") for seed in (0, 1))
-    assert not torch.equal(first.weight, other.weight)
-    assert not torch.equal(rows_of(torch.cat(seen)), rows_of(torch.cat(others)))
-
-
 def test_lars_survives_a_gradient_of_zero():
     weight = nn.Parameter(torch.ones(2, 3))
     weight.grad = torch.zeros(2, 3)
     balcon.LARS([weight], lr=1.0).step()
     assert torch.equal(weight, torch.ones(2, 3))
-
-
-def test_crops_for_the_classifier_are_fresh_from_a_twelfth_of_the_image_on_and_flipped(tmp_path):
-    """Red is the column and green the row, so a crop shows its place."""
-    ramp = torch.linspace(0, 255, 64)
-    x = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)])
-    data = balcon.in_memory(x.byte().expand(400, 3, 64, 64), torch.arange(400) % 2, ["a", "b"])
-    encoder, cfg = stub(), settings(out=tmp_path, probe_batch=400, probe_epochs=2)
-    balcon.train_on_crops(encoder.backbone, 3 * 64 ** 2, data, cfg)
-    seen = torch.cat(encoder.seen)
-    across = STD[0] * 63 * seen[:, 0].diff(dim=2).mean((1, 2))  # share of the width
-    down = STD[1] * 63 * seen[:, 1].diff(dim=1).mean((1, 2))
-    assert not torch.equal(across[:400], across[400:]) and (down > 0).all()
-    assert (across < 0).double().mean().item() == pytest.approx(0.5, abs=0.07)
-    share = (across * down).abs()
-    assert 0.06 < share.min() < 0.12 and (share < 0.2).double().mean() > 0.08
 
 
 def test_crops_classifier_resumes_only_with_its_backbone_settings_and_images(tmp_path):
@@ -1009,11 +942,8 @@ def evaluated(folder):
     train, test, results = pictures(19), pictures(60, seed=1), {}
     names = ["knn", "linear", "bias", "bounds"]
     features = balcon.evaluate("trained", stub(), train, test, names, results, settings(out=folder))
-    assert not (folder / "classifier.pt").exists()
     balcon.evaluate("crops", stub(), train, test, ["linear"], results,
                     settings(out=folder, probe="crops"))
-    dist.barrier() if dist.is_initialized() else None
-    assert (folder / "classifier.pt").exists()
     figures = {"crops": results["crops"]["linear"]["linear"]}
     for name in names:
         figures |= results["trained"][name]
@@ -1025,13 +955,14 @@ def test_evaluation_is_in_eval_mode_and_counts_each_image_once_on_two_ranks(tmp_
     train, test = pictures(19), pictures(60, seed=1)
     one, rows, *features = evaluated(tmp_path)
     for data, x in zip((train, test), features):
-        assert x.dtype == torch.float32
         assert_close(x, plain(data).flatten(1), 1e-4)
     similar = F.cosine_similarity(plain(test).flatten(1)[:, None], plain(train).flatten(1), dim=2)
-    right = train.labels[similar.argmax(1)] == test.labels
-    assert one["knn1"] == 100 * right.double().mean() and 40 < one["linear"] < 100
+    votes = train.labels[similar.topk(5).indices].tolist()
+    predicted = torch.tensor([max(vote, key=vote.count) for vote in votes])
+    assert one["knn5"] == 100 * (predicted == test.labels).double().mean()
+    assert 40 < one["linear"] < 100 and one["crops"] != one["linear"]  # two kinds of classifier
     for results in two_ranks:
-        figures, its_rows, *its_features = results[evaluated]
+        figures, its_rows, *its_features = results["evaluated"]
         assert figures == pytest.approx(one, rel=1e-4, abs=1e-5) and its_rows == rows
         for x, expected in zip(its_features, features):
             assert_close(x, expected)
@@ -1194,8 +1125,8 @@ def test_bounds_are_the_mean_gaps_and_the_shares_that_fail():
     assert 0 < flipped[6:, 0].sum() < 4  # one t for each printed bank, not one for all
     assert not any(z.requires_grad for z in balcon.embed(encoder, data, cfg, "x"))
     assert (flipped[6:].all(1) | ~flipped[6:].any(1)).all()  # the printed ones: one t
-    anchor, *views, bank = F.normalize(seen.flatten(1).double(), dim=1).split(12)[:6]
-    printed = F.normalize(seen.flatten(1).double(), dim=1)[72:].split(12)
+    z = F.normalize(seen.flatten(1).double(), dim=1).split(12)
+    (anchor, *views, bank), printed = z[:6], z[6:]
     side = sides_by_loops(anchor, sum(views) / 4, bank, data.labels, 30.0)
     printed = [sides_by_loops(anchor, bank, x, data.labels, 30.0)["b"] for x in printed]
     angle = side["attract_left"].neg().clamp(max=1).acos().rad2deg()
@@ -1363,10 +1294,6 @@ def train_tiny(folder, norm=False, *flags):
     return encoder.state_dict(), logged(cfg.out), files
 
 
-def train_with_norm(folder):
-    return train_tiny(folder, norm=True)[0]
-
-
 def weights_in(checkpoint):
     return {f"{part}.{name}": value for part in ("backbone", "projector")
             for name, value in checkpoint[part].items()}
@@ -1382,9 +1309,8 @@ def replay_tiny(loss, norm, kind="cosine"):
         order = torch.randperm(13, generator=balcon.rng(5, "order", step // 3))
         rows = order[4 * (step % 3):][:4].repeat(2)
         t = balcon.Draw((5, "views", step), 8, torch.arange(8))
-        x = crops_of(TINY_PIXELS[rows] / 255, t, (0.08, 1), 8)
-        x = balcon.augment(x, t, ["flip", "color_jitter", "grayscale"])
-        z1, z2 = net(TF.normalize(x, MEAN, STD)).chunk(2)
+        x = views_of(TINY_PIXELS[rows] / 255, t, CIFAR["augmentations"], 8, (0.08, 1))
+        z1, z2 = net(x).chunk(2)
         value = loss_by_loops(loss, z1, z2, 3, 1.5, kind)
         rate = 0.3 * (1 + math.cos(math.pi * step / 12)) / 2
         spread = 1 - F.normalize(z1, dim=1).mean(0).square().sum().item()
@@ -1426,7 +1352,7 @@ def test_pretraining_is_sgd_with_momentum_decay_and_a_cosine_on_the_loss_named(
     if ranks == 1:
         trained, log, files = train_in_two_sessions(tmp_path, loss, monkeypatch)
     else:  # without a batch norm: on CPUs each rank has its own
-        trained, log, files = two_ranks[0][train_tiny]
+        trained, log, files = two_ranks[0]["trained"]
     states, figures = replay_tiny(loss, norm=ranks == 1)
     logged_steps = [1, 3, 6, 7, 9, 10, 12] if ranks == 1 else [1, 3, 6, 9, 10, 12]
     assert [line["step"] for line in log] == logged_steps  # first, tens, ends of epochs
@@ -1441,12 +1367,10 @@ def test_pretraining_is_sgd_with_momentum_decay_and_a_cosine_on_the_loss_named(
     assert {name: file["epoch"] for name, file in files.items()} == epochs
     for weights, epoch in [*((weights_in(files[name]), epochs[name]) for name in epochs),
                            (trained, 4)]:
-        assert weights.keys() == states[0].keys()
-        for part, weight in weights.items():
-            assert_close(weight, states[3 * epoch][part], 1e-4)
-    first, second = (results[train_with_norm] for results in two_ranks)
-    for name, value in first.items():  # also the running statistics, where they trained apart
-        assert_close(second[name].double(), value.double(), 1e-12)
+        torch.testing.assert_close(weights, states[3 * epoch], rtol=0, atol=1e-4)
+    # Also the running statistics, where they trained apart.
+    first, second = (results["with norm"][0] for results in two_ranks)
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-12)
 
 
 def test_pretraining_has_the_similarity_named(tmp_path):
@@ -1471,6 +1395,8 @@ def test_autocast_is_on_for_bfloat16_and_off_for_float32(precision, tmp_path):
     features = balcon.extract(linear, images, cfg)
     assert features.dtype == torch.float32
     assert_close(features, exact.to(getattr(torch, precision)).float(), 1e-6)
+    # The classifier itself is trained in float32, on such features.
+    balcon.train_on_crops(linear, 12, images, settings(out=tmp_path, precision=precision))
 
 
 @pytest.mark.parametrize("device, kinds", [
@@ -1564,9 +1490,7 @@ def results_of(folder):
 
 def assert_same_weights(run, other):
     first, second = (weights_in(load(folder / "last.pt")) for folder in (run, other))
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_a_run_in_a_pipe_prints_a_line_at_its_first_step_and_after_each_epoch(place):
@@ -1598,13 +1522,9 @@ def test_a_killed_run_goes_on_and_ends_bit_identical(processes, place):
 
 def test_a_finished_run_measures_only_what_changed_and_makes_no_step(
         place, run_here, monkeypatch):
-    counted = []  # images whose features or views are embedded
-    for original in (balcon.extract, balcon.embed):
-        def count(encoder, data, *more, original=original, **keywords):
-            counted.append(len(data))
-            return original(encoder, data, *more, **keywords)
-
-        monkeypatch.setattr(balcon, original.__name__, count)
+    counted, by_parts = [], balcon.by_parts  # how many images or views the backbone sees at once
+    monkeypatch.setattr(balcon, "by_parts", lambda network, x:
+                        counted.append(len(x)) or by_parts(network, x))
     again = shutil.copytree(place / "run1", place / "again")
     monkeypatch.setattr(torch.optim.SGD, "step", None)  # it must make no step
     files = [again / name for name in ("last.pt", "results.json")]
@@ -1616,7 +1536,7 @@ def test_a_finished_run_measures_only_what_changed_and_makes_no_step(
     flags = [*SMALL, "--out", again, "--eval", "knn", "linear", "bounds"]
     for more, name, images in (
         ("--probe features", "linear", {12, 44}), ("--k 1 20", "knn", {12, 44}),
-        ("--theory-images 20", "bounds", {20}), ("--probe-l2 0.5", "linear", {12, 44}),
+        ("--theory-images 20", "bounds", {20, 40}), ("--probe-l2 0.5", "linear", {12, 44}),
     ):
         flags += more.split()
         counted.clear()
@@ -1778,20 +1698,17 @@ def test_the_demonstration_fails_unless_it_leaves_less_than_a_quarter_of_the_err
 
 
 def test_the_table_names_its_figures(tmp_path, capsys):
-    results = {}
-    for shift, stage in ((0, "untrained"), (100, "trained")):
-        results[stage] = {
-            "knn": {"knn1": 1 + shift, "knn10": 2 + shift}, "linear": {"linear": 3 + shift},
-            "bias": {"eq51": 9e9, "eq51_relative": 4 + shift, "eq16_relative": 5 + shift},
-            "bounds": {"attract_gap": 6 + shift, "repel_gap": 7 + shift, "repel_fails": 8 + shift}}
-    cfg = settings(out=tmp_path, k=[1, 10], eval=["knn", "linear", "bias", "bounds"])
-    balcon.conclude(results, cfg.eval, cfg)
+    rows = {"knn1": "k = 1,", "knn10": "k = 10,", "linear": "linear classifier",
+            "eq51_relative": "Eq. 51", "eq16_relative": "Eq. 16",
+            "attract_gap": "gap of Theorem 4.4", "repel_gap": "gap of Theorem 4.6",
+            "repel_fails": "bound of Theorem 4.6 fails"}
+    results = {stage: {name: {name: shift + i, "eq51": 9e9} for i, name in enumerate(rows)}
+               for shift, stage in ((0, "untrained"), (100, "trained"))}
+    balcon.conclude(results, [*rows], settings(out=tmp_path, k=[1, 10]))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[-2:] == ["untrained", "trained"]
-    names = ["k = 1,", "k = 10,", "linear classifier", "Eq. 51", "Eq. 16", "gap of Theorem 4.4",
-             "gap of Theorem 4.6", "bound of Theorem 4.6 fails"]
-    for line, name, figure in zip(lines[1:], names, range(1, 9)):
-        assert name in line and line.split()[-2:] == [str(figure), str(100 + figure)]
+    for i, (line, words) in enumerate(zip(lines[1:], rows.values())):
+        assert words in line and line.split()[-2:] == [str(i), str(100 + i)]
 
 
 # ----------------------------------------- bad input --------------------------------------
@@ -1804,14 +1721,13 @@ BAD = {  # words, after NAME=value for the environment: what the sentence names
     "--lam nan": "--lam nan must be >= 0", "--lr inf": "--lr inf", "--weight-decay -1": "decay",
     "--batch-size 4.5": "--batch-size", "--batch-size 1": "must be >= 2", "--size 0": "--size 0",
     "--add flip": "twice: flip", "--add gaussian_blurr": "did you mean gaussian_blur",
-    "--drop gaussian_blur": "--drop",
-    "--theory-views 3": "views 3", f"--seed {2 ** 64}": "--seed", "--k 5 0": "--k 0",
-    "--k": "--k", "--projector": "--projector", "--crop-scale 0.5": "--crop-scale",
-    "--crop-scale 1 0.5": "--crop-scale", "--crop-scale 0.2 1.5": "--crop-scale",
-    "--eval accuracy": "--eval accuracy", "--backbone resnet19": "did you mean resnet18",
-    "--dataset imagnet": "did you mean imagenet", "--dataset=": "--dataset",
+    "--drop gaussian_blur": "--drop", "--theory-views 3": "views 3", f"--seed {2 ** 64}": "--seed",
+    "--k 5 0": "--k 0", "--k": "--k", "--projector": "--projector",
+    "--crop-scale 0.5": "--crop-scale", "--crop-scale 1 0.5": "--crop-scale",
+    "--crop-scale 0.2 1.5": "--crop-scale", "--eval accuracy": "--eval accuracy",
+    "--backbone resnet19": "did you mean resnet18", "--dataset imagnet": "did you mean imagenet",
+    "--dataset=": "--dataset", "--dataset folder --data=": "--data",
     "--dataset folder --data nowhere": "nowhere",
-    "--dataset folder --data=": "--data",
     "--dataset cifar10 --data wrong{space}size": "train/a/0.png is not 32×32",
     "--dataset folder --data photos --out run1": "run1 holds a run with",
     "--dataset folder --data photos --out photos": "the same folder",
