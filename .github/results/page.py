@@ -241,13 +241,14 @@ def scale_text(name):
 
 
 def first_rows():
-    """README's first table: A2 and A2b, and whose rate was searched for."""
+    """README's first table: A2 and A2b by accuracy, and whose rate was searched for."""
     runs = select(stage="A2") + select(stage="A2b")
     if not runs:
         return NOT_YET
     searched = {*(finalists("A2") or ()), *best_rows().values()}
     rows = [["loss", "τ", "λ", "rate", "seeds", "%"]]
-    for (name,), own in by(runs, "row").items():
+    groups = by(runs, "row").items()
+    for (name,), own in sorted(groups, key=lambda group: np.mean(values(group[0][0], "linear"))):
         loss, lam, stage = own[0]["loss"], own[0]["lam"], own[0]["stage"]
         kind = {"ntxent": "balanced, positive kept", "balanced": "balanced"}[loss]
         if lam == 1:
@@ -461,12 +462,18 @@ def second_pair():
     """The best of A1 and A1b in each kind, compared by their runs of A2 and A2b."""
     found, names = {}, best_rows()
     for key, other in (("difference", "simclr"), ("decoupled", "decoupled")):
-        found[f"A2b/{key}"] = "not run yet"
+        parts = dict.fromkeys(("evidence", "n", "interval", "verdict"), "not run yet")
+        parts["words"] = "the last seeds of its comparison with DCL are under way"
         if {"balanced", other} <= names.keys():
             pair = names["balanced"], names[other]
-            methods = " over ".join(row(name)[0]["method"] for name in pair)
-            found[f"A2b/{key}"] = (f"{methods}: {compared(*pair, 'linear')}, "
-                                   f"{verdict_of(*pair, 'linear')}")
+            parts = {"evidence": " over ".join(row(name)[0]["method"] for name in pair),
+                     "n": ", ".join(str(len(row(name))) for name in pair),
+                     "interval": compared(*pair, "linear"), "verdict": verdict_of(*pair, "linear"),
+                     "words": f"{pair_in_words(*pair)}, {verdict_of(*pair, 'linear')}"}
+        found[f"A2b/{key}"] = "not run yet"
+        if parts["n"] != "not run yet":
+            found[f"A2b/{key}"] = "{evidence}: {interval}, {verdict}".format(**parts)
+        found |= {f"A2b/{key}/{name}": text for name, text in parts.items()}
     return found
 
 
@@ -477,11 +484,12 @@ def new_seeds():
     rows = {name: [run["linear"] for run in own] for (name,), own in by(runs, "row").items()}
     decoupled, found = best_rows().get("decoupled"), {}
     for key, other in zip(("balanced", "simclr"), finalists("A2") or (None, None)):
-        found[f"new/{key}"] = "not run yet"
+        found[f"new/{key}"] = found[f"new/{key}/verdict"] = "not run yet"
         if decoupled and other:
             apart = np.mean(rows[decoupled]) - np.mean(rows[other])
             half = half_width(*pooled_sd(list(rows.values())), len(NEW), len(NEW))
-            found[f"new/{key}"] = f"{show_interval(apart, half)}, {verdict(apart, half)}"
+            found[f"new/{key}"] = show_interval(apart, half)
+            found[f"new/{key}/verdict"] = verdict(apart, half)
     return found
 
 

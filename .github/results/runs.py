@@ -88,9 +88,9 @@ def select(**wanted):
 
 
 def method_of(run):
-    """A run's method, where NT-Xent with λ = 1 is called SimCLR."""
-    if run["loss"] == "ntxent" and run["lam"] == 1:
-        return f"SimCLR, τ = 1/{run['alpha']:g}"
+    """A run's method by the name that it has elsewhere if λ = 1."""
+    if run["lam"] == 1:
+        return f"{'SimCLR' if run['loss'] == 'ntxent' else 'DCL'}, τ = 1/{run['alpha']:g}"
     return f"{NAMES[run['loss']]} ({run['alpha']:g}, {run['lam']:g})"
 
 
