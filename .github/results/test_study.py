@@ -844,6 +844,15 @@ def test_a_row_of_the_lane_holds_the_runs_figures(question, tmp_path, monkeypatc
         assert row["bounds"] == {"nu": 0.25} and "pflop" not in row
 
 
+def test_the_commands_of_readme_are_understood():
+    readme = (HERE.parents[1] / "README.md").read_text(encoding="utf8").replace("\\\n", " ")
+    commands = re.findall(r"balcon\.py( --[^`#\n]*)", readme + balcon.__doc__)
+    commands = [words.split() for words in commands if not re.search("--(checkpoint|help)", words)]
+    assert len(commands) >= 12
+    for words in commands:
+        balcon.check_settings(balcon.parse_flags(words))
+
+
 def test_the_picture_of_the_answer_shows_the_runs():
     texts = re.findall(r">([^<]*)</text>", (HERE / "answer.svg").read_text(encoding="utf8"))
     for label, _, mean, _ in figures.answer_points():
