@@ -429,20 +429,24 @@ def answer_to_a():
     if said:
         headline = ", ".join(f"{stage_verdict(stage)} for {method_of(row(pair[0])[0])}"
                              for stage, pair in longest.items())
-    plain = ", ".join(pair_in_words(*pair) for pair in longest.values())
     return {"headline": f"After {epochs:g} epochs: {headline}",
-            "plain": f"{plain[0].upper()}{plain[1:]}: points with 95 % intervals over seeds; "
-                     "*level* is within ±1.1.",
+            "plain": f"{pairs_in_words(longest.values())} (points, 95 % intervals over seeds; "
+                     "*level* is within ±1.1).",
             "evidence": "; ".join(evidence),
             "n": "; ".join(f"{len(row(one))}, {len(row(two))}" for one, two in pairs),
             "interval": "; ".join(compared(*pair, "linear") for pair in pairs),
             "verdict": "; ".join(verdicts)}
 
 
-def pair_in_words(one, two):
-    first, second = row(one), row(two)
-    return (f"{method_of(first[0])} minus {method_of(second[0]).replace(',', ' at')} is "
-            f"{compared(one, two, 'linear')} (n = {len(first)} and {len(second)})")
+def pairs_in_words(pairs):
+    """"Minus SimCLR at τ = 1/16: balanced (4, 2) 0.21 […], n = 6 and 6; …"."""
+    found = {}
+    for one, two in pairs:
+        name = method_of(row(two)[0]).replace(",", " at")
+        found.setdefault(name, []).append(
+            f"{method_of(row(one)[0])} {compared(one, two, 'linear')}, "
+            f"n = {len(row(one))} and {len(row(two))}")
+    return ". ".join(f"Minus {name}: {'; '.join(texts)}" for name, texts in found.items())
 
 
 def best_of_search(rows):
@@ -463,13 +467,13 @@ def second_pair():
     found, names = {}, best_rows()
     for key, other in (("difference", "simclr"), ("decoupled", "decoupled")):
         parts = dict.fromkeys(("evidence", "n", "interval", "verdict"), "not run yet")
-        parts["words"] = "the last seeds of its comparison with DCL are under way"
+        parts["words"] = "The last seeds of (8, 2) beside DCL are under way"
         if {"balanced", other} <= names.keys():
             pair = names["balanced"], names[other]
             parts = {"evidence": " over ".join(row(name)[0]["method"] for name in pair),
                      "n": ", ".join(str(len(row(name))) for name in pair),
                      "interval": compared(*pair, "linear"), "verdict": verdict_of(*pair, "linear"),
-                     "words": f"{pair_in_words(*pair)}, {verdict_of(*pair, 'linear')}"}
+                     "words": f"{pairs_in_words([pair])}, {verdict_of(*pair, 'linear')}"}
         found[f"A2b/{key}"] = "not run yet"
         if parts["n"] != "not run yet":
             found[f"A2b/{key}"] = "{evidence}: {interval}, {verdict}".format(**parts)

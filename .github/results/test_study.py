@@ -581,7 +581,8 @@ def test_the_answer_is_the_verdict_on_the_finalists_of_a2_and_a3(with_rows):
         ["DCL", "1/8", "1", "SimCLR's", "3", "61.00"],
         ["balanced", "1/2", "4", "searched", "5", "63.80"]]
     plain = page.derived()["A/plain"]
-    assert "Balanced (2, 4) minus SimCLR at τ = 1/8 is" in plain and "n = 5 and 6" in plain
+    assert plain.startswith("Minus SimCLR at τ = 1/8: balanced (2, 4) 2.80 [")
+    assert "], n = 5 and 6 (points" in plain
     early = "After 4 epochs: better (provisional: 1 of 18 runs are missing)"
     assert page.derived()["A/headline"] == early
     late = "A2: better (provisional: 1 of 18 runs are missing); "
@@ -631,13 +632,13 @@ def test_the_best_cells_of_the_search_and_their_second_pair(with_rows, monkeypat
     assert page.derived()["A2b/difference"] == f"balanced (8, 2) over NT-Xent (16, 1): {expected}"
     assert page.derived()["A2b/decoupled"].startswith("balanced (8, 2) over balanced (8, 1): 5.00")
     assert page.derived()["A2b/decoupled/n"] == "6, 6"
-    words = "balanced (8, 2) minus DCL at τ = 1/8 is 5.00 ["
+    words = "Minus DCL at τ = 1/8: balanced (8, 2) 5.00 ["
     assert page.derived()["A2b/decoupled/words"].startswith(words)
     assert before == page.compared("A2-balanced-a4-l2-lr0.4", "A2-ntxent-a16-l1-lr0.2", "linear")
     found = page.answer_to_a()
     assert found["verdict"].startswith("A2: better; A2b: better; A3: not run yet")
     assert found["headline"] == "After 4 epochs: better" and found["n"] == "6, 6; 6, 6"
-    assert ", balanced (8, 2) minus SimCLR at τ = 1/16 is 4.00 [" in found["plain"]
+    assert "n = 6 and 6; balanced (8, 2) 4.00 [" in found["plain"]
     assert [cells[3] for cells in page.first_rows()[1:]] == ["searched"] * 4
     level = lane_rows("A2b", 4, balanced_8_2=("0.8", [61.0] * 6), balanced_8_1=("0.8", [60.0] * 6))
     with_rows(*first, two, level)
