@@ -21,9 +21,8 @@ import question_c
 from report import markdown
 from runs import (HEADER, HERE, LOSSES, NAMES, PAPER, RUNS, by, difference, grid, grid_runs,
                   method_of, row, select, spread, values, verdict_of)
-from stats import (best_positive_similarity, correlation, exponent_scores, fit, half_width, models,
-                   p_of_alpha, p_value, pooled_sd, t_quantile, verdict,
-                   welch_half_width)
+from stats import (MARGIN, best_positive_similarity, correlation, exponent_scores, fit, half_width,
+                   models, p_of_alpha, p_value, pooled_sd, t_quantile, verdict, welch_half_width)
 
 PAGES = {"README.template.md": HERE.parents[1] / "README.md",
          "RESULTS.template.md": HERE.parents[1] / "RESULTS.md",
@@ -250,7 +249,7 @@ def first_rows():
     groups = by(runs, "row").items()
     for (name,), own in sorted(groups, key=lambda group: np.mean(values(group[0][0], "linear"))):
         loss, lam, stage = own[0]["loss"], own[0]["lam"], own[0]["stage"]
-        kind = {"ntxent": "balanced, positive kept", "balanced": "balanced"}[loss]
+        kind = {"ntxent": "SimCLR with a weight λ", "balanced": "balanced"}[loss]
         if lam == 1:
             kind = {"ntxent": "SimCLR", "balanced": "DCL"}[loss]
         whose = "SimCLR's" if kind == "DCL" else "balanced's"
@@ -328,6 +327,7 @@ def lead_rows():
 NOT_YET = "*Not run yet.*\n"
 SEEDS = {"A2": 6, "A2b": 6, "A3": 3}  # of each finalist
 PLANNED = {"A2": 18, "A2b": 0, "A3": 6}  # runs; A2b's pair is shown when it is complete
+ADDED_LATER = ("planned", "added later")  # A2's and A2b's pair
 NEW = (3, 4, 5)  # seeds that were trained after A2's comparisons had been noticed
 KINDS = {("ntxent", True): "simclr", ("balanced", False): "balanced",
          ("balanced", True): "decoupled"}  # loss, λ = 1
@@ -363,14 +363,19 @@ def stage_rows(stage):
     return rows
 
 
+def stage_runs(*stages):
+    """{id: run} of these stages."""
+    return {run["id"]: run for stage in stages for run in select(stage=stage)}
+
+
 def searches_ended():
-    rows = {run["id"]: run for run in select(stage="A1") + select(stage="A1b")}
+    rows = stage_runs("A1", "A1b")
     return bool(rows) and not lane.search("A1", rows) + lane.search("A1b", rows)
 
 
 def best_rows():
     """{kind: row of A2 or A2b} of the best cells of A1 and A1b that have all seeds there."""
-    rows = {run["id"]: run for run in select(stage="A1") + select(stage="A1b")}
+    rows = stage_runs("A1", "A1b")
     if not searches_ended():
         return {}
     names = {}
@@ -427,8 +432,8 @@ def answer_to_a():
     said = {stage_verdict(stage) for stage in longest}
     headline = said.pop()
     if said:
-        headline = ", ".join(f"{stage_verdict(stage)} for {method_of(row(pair[0])[0])}"
-                             for stage, pair in longest.items())
+        headline = "; ".join(f"{stage_verdict(stage)} for {method_of(row(pair[0])[0])}, {when}"
+                             for (stage, pair), when in zip(longest.items(), ADDED_LATER))
     return {"headline": f"After {epochs:g} epochs: {headline}",
             "plain": f"{pairs_in_words(longest.values())} (points, 95 % intervals over seeds; "
                      "*level* is within ±1.1).",
@@ -467,13 +472,18 @@ def second_pair():
     found, names = {}, best_rows()
     for key, other in (("difference", "simclr"), ("decoupled", "decoupled")):
         parts = dict.fromkeys(("evidence", "n", "interval", "verdict"), "not run yet")
-        parts["words"] = "The last seeds of (8, 2) beside DCL are under way"
+        parts["words"] = "Minus DCL: balanced (8, 2)"
         if {"balanced", other} <= names.keys():
             pair = names["balanced"], names[other]
             parts = {"evidence": " over ".join(row(name)[0]["method"] for name in pair),
                      "n": ", ".join(str(len(row(name))) for name in pair),
                      "interval": compared(*pair, "linear"), "verdict": verdict_of(*pair, "linear"),
-                     "words": f"{pairs_in_words([pair])}, {verdict_of(*pair, 'linear')}"}
+                     "words": pairs_in_words([pair])}
+            apart, half = difference(*pair, "linear")
+            if parts["verdict"] == "better" and apart + half < MARGIN:
+                parts["verdict"] += f", within ±{MARGIN}"
+            if other == "decoupled" and lane.search("A1c", stage_runs("A1c")):
+                parts["verdict"] += "; provisional: A1c is not finished"
         found[f"A2b/{key}"] = "not run yet"
         if parts["n"] != "not run yet":
             found[f"A2b/{key}"] = "{evidence}: {interval}, {verdict}".format(**parts)
@@ -501,7 +511,7 @@ def question_figures():
     found = {f"A/{name}": text for name, text in answer_to_a().items()}
     for stage in ("A1", "A1b", "A1c", "A2", "A2b", "A3", "A3b", "B"):
         found[f"{stage}/runs"] = str(len(select(stage=stage)))
-    rows = {run["id"]: run for run in select(stage="A1") + select(stage="A1b")}
+    rows = stage_runs("A1", "A1b")
     found |= best_of_search(rows) | second_pair() | new_seeds()
     found["A1/state"] = "not finished yet: runs are added until each best rate is interior"
     if rows and not lane.search("A1", rows):

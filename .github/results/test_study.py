@@ -577,7 +577,7 @@ def test_the_answer_is_the_verdict_on_the_finalists_of_a2_and_a3(with_rows):
     with_rows([run for run in two if run["id"] != "A2-balanced-a2-l4-lr0.8-s5"])
     assert page.first_rows()[1:] == [
         ["SimCLR", "1/8", "1", "searched", "6", "61.00"],
-        ["balanced, positive kept", "1/2", "4", "balanced's", "3", "61.00"],
+        ["SimCLR with a weight λ", "1/2", "4", "balanced's", "3", "61.00"],
         ["DCL", "1/8", "1", "SimCLR's", "3", "61.00"],
         ["balanced", "1/2", "4", "searched", "5", "63.80"]]
     plain = page.derived()["A/plain"]
@@ -634,6 +634,8 @@ def test_the_best_cells_of_the_search_and_their_second_pair(with_rows, monkeypat
     assert page.derived()["A2b/decoupled/n"] == "6, 6"
     words = "Minus DCL at τ = 1/8: balanced (8, 2) 5.00 ["
     assert page.derived()["A2b/decoupled/words"].startswith(words)
+    verdict = page.derived()["A2b/decoupled/verdict"]
+    assert verdict == "better; provisional: A1c is not finished"
     assert before == page.compared("A2-balanced-a4-l2-lr0.4", "A2-ntxent-a16-l1-lr0.2", "linear")
     found = page.answer_to_a()
     assert found["verdict"].startswith("A2: better; A2b: better; A3: not run yet")
@@ -642,8 +644,14 @@ def test_the_best_cells_of_the_search_and_their_second_pair(with_rows, monkeypat
     assert [cells[3] for cells in page.first_rows()[1:]] == ["searched"] * 4
     level = lane_rows("A2b", 4, balanced_8_2=("0.8", [61.0] * 6), balanced_8_1=("0.8", [60.0] * 6))
     with_rows(*first, two, level)
-    headline = "After 4 epochs: better for balanced (4, 2), level for balanced (8, 2)"
+    headline = ("After 4 epochs: better for balanced (4, 2), planned; "
+                "level for balanced (8, 2), added later")
     assert page.answer_to_a()["headline"] == headline
+    with_rows(*first, two, level, *searched("A1c", lane.EXTRA, {}))
+    assert page.derived()["A2b/decoupled/verdict"] == "better"  # 1.00 [0.53, 1.47]
+    monkeypatch.setattr(page, "MARGIN", 9)
+    page.derived.cache_clear()
+    assert page.derived()["A2b/decoupled/verdict"] == "better, within ±9"
 
 
 def test_what_was_noticed_is_confirmed_by_new_seeds_alone(with_rows, monkeypatch):
