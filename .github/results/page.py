@@ -483,7 +483,7 @@ def second_pair():
             if parts["verdict"] == "better" and apart + half < MARGIN:
                 parts["verdict"] += f", within ±{MARGIN}"
             if other == "decoupled" and lane.search("A1c", stage_runs("A1c")):
-                parts["verdict"] += "; provisional: A1c is not finished"
+                parts["verdict"] += "; provisional until DCL's search ends (A1c)"
         found[f"A2b/{key}"] = "not run yet"
         if parts["n"] != "not run yet":
             found[f"A2b/{key}"] = "{evidence}: {interval}, {verdict}".format(**parts)

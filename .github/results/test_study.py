@@ -635,7 +635,7 @@ def test_the_best_cells_of_the_search_and_their_second_pair(with_rows, monkeypat
     words = "Minus DCL at τ = 1/8: balanced (8, 2) 5.00 ["
     assert page.derived()["A2b/decoupled/words"].startswith(words)
     verdict = page.derived()["A2b/decoupled/verdict"]
-    assert verdict == "better; provisional: A1c is not finished"
+    assert verdict == "better; provisional until DCL's search ends (A1c)"
     assert before == page.compared("A2-balanced-a4-l2-lr0.4", "A2-ntxent-a16-l1-lr0.2", "linear")
     found = page.answer_to_a()
     assert found["verdict"].startswith("A2: better; A2b: better; A3: not run yet")
