@@ -693,7 +693,7 @@ def theorem_sides(anchor, mean_view, bank, labels, alpha):
     Theorem 4.6 bounds max over y′ ≠ y of s(f, prototype of y′) by B/ν. Its proof multiplies the
     largest product with a prototype by 1/ν ≥ 1 (Eq. 38). In Case 1 that product is not positive, so
     it gets smaller, where the bound needs it larger. The bound holds where B ≥ 0 (sufficient, not
-    necessary; α ≤ log C implies B ≥ 0), and max(B, B/ν) is one always.
+    necessary; α ≤ log C implies B ≥ 0), and with max(B, B/ν) always.
     """
     prototypes = class_means(bank, labels)  # [C, d]
     own_class = F.one_hot(labels, len(prototypes)).bool()  # [N, C]
