@@ -29,7 +29,8 @@ ADDED = {  # stage A1b, added when A1 was known: αλ = 16 and 32, and the decou
     ("ntxent", 32, 1): 0.4, ("balanced", 8, 2): 0.8, ("balanced", 4, 4): 0.8,
     ("balanced", 16, 1): 0.8, ("balanced", 8, 1): 0.8}
 EXTRA = {("balanced", 32, 1): 0.4}  # stage A1c, added when A2b had two rows: 16 was an edge
-SEARCHES = {"A1": METHODS, "A1b": ADDED, "A1c": EXTRA}
+EDGES = {("balanced", 16, 2): 0.8, ("balanced", 64, 1): 1.6}  # stage A1d: both edges, once more
+SEARCHES = {"A1": METHODS, "A1b": ADDED, "A1c": EXTRA, "A1d": EDGES}
 
 
 def run_of(stage, method, rate, seed, epochs, more=""):
@@ -65,6 +66,11 @@ def search(stage, rows):
         if best == min(rates):
             missing.append(run_of(stage, method, best / 2, 0, 2))
     return missing
+
+
+def methods_until(last):
+    """Those of the searches up to this stage."""
+    return [method for stage, methods in SEARCHES.items() if stage <= last for method in methods]
 
 
 def finalists(methods, rows):
@@ -103,15 +109,17 @@ def plan(rows):
     added = search("A1b", rows)
     if added or missing:
         return [run for run in missing + runs + added if run["id"] not in rows]
-    best = finalists([*METHODS, *ADDED], rows)
+    best = finalists(methods_until("A1b"), rows)
     final, decoupled = [best["ntxent", True], best["balanced", False]], best["balanced", True]
-    known = {run["id"] for run in runs}
-    runs += second_seeds([*final, decoupled], known)
-    extra = search("A1c", rows)
-    if not extra:
-        decoupled = finalists([*METHODS, *ADDED, *EXTRA], rows)["balanced", True]
-        runs += second_seeds([decoupled], known | {run["id"] for run in runs})
-    runs += extra
+    runs += second_seeds([*final, decoupled], {run["id"] for run in runs})
+    for stage in ("A1c", "A1d"):
+        more = search(stage, rows)
+        if more:
+            runs += more
+            break
+        best = finalists(methods_until(stage), rows)
+        decoupled = best["balanced", True]
+        runs += second_seeds([best["balanced", False], decoupled], {run["id"] for run in runs})
     twenty = [run_of("A3", *pair, seed, 20) for seed in range(3) for pair in final]
     twenty[1]["argv"] += " --save-every 2"  # for Fig. 6
     b = [run_of("B", (loss, 8, 4), rate, 0, 20, " --save-every 2")

@@ -820,11 +820,17 @@ def test_the_lane_searches_rates_then_trains_the_finalists_then_looks_at_added_c
     assert rest[15:17] == ["A3-ntxent-a8-l1-lr0.8-s0", "A3-balanced-a8-l2-lr0.8-s0"]
     assert [name[:2] for name in rest[17:]] == ["B-"] * 4 + ["A3"] * 7
     assert rest[-1] == "A3b-balanced-a4-l1-lr0.8-s2"
-    for best, more in ((60, []), (71, [f"A2b-balanced-a32-l1-lr0.4-s{seed}" for seed in range(6)])):
+    seeds = "A2b-balanced-a32-l1-lr0.4-s{0} A2b-balanced-a16-l2-lr0.8-s{0}".split()
+    for best, more in ((60, []), (71, [seeds[0].format(seed) for seed in range(6)])):
         search("A1c", lane.EXTRA, {("balanced", 32, 1): best})
         now = names()[18:]
-        assert now[:12] == rest[:12] and now[12:-13] == more
+        assert now[:12] == rest[:12] and now[12:-19] == more
+        assert now[-19:-13] == [run["id"] for run in lane.search("A1d", rows)]
     assert now[-1] == "A3b-balanced-a32-l1-lr0.4-s2"
+    search("A1d", lane.EDGES, {("balanced", 16, 2): 61, ("balanced", 64, 1): 70})
+    now = names()[18:]
+    assert now[12:-13] == more + [seeds[1].format(seed) for seed in range(6)]
+    assert now[-13:] == rest[15:17] + rest[17:25] + [f"A3b-balanced-a32-l1-lr0.4-s{s}" for s in "012"]
 
 
 @pytest.mark.parametrize("question", [lane, question_c])
