@@ -240,23 +240,20 @@ def scale_text(name):
 
 
 def first_rows():
-    """README's first table: A2 and A2b by accuracy, and whose rate was searched for."""
-    runs = select(stage="A2") + select(stage="A2b")
-    if not runs:
-        return NOT_YET
-    searched = {*(finalists("A2") or ()), *best_rows().values()}
-    rows = [["loss", "τ", "λ", "rate", "seeds", "%"]]
-    groups = by(runs, "row").items()
-    for (name,), own in sorted(groups, key=lambda group: np.mean(values(group[0][0], "linear"))):
-        loss, lam, stage = own[0]["loss"], own[0]["lam"], own[0]["stage"]
-        kind = {"ntxent": "SimCLR with a weight λ", "balanced": "balanced"}[loss]
-        if lam == 1:
-            kind = {"ntxent": "SimCLR", "balanced": "DCL"}[loss]
-        whose = "SimCLR's" if kind == "DCL" else "balanced's"
-        if stage == "A2b" or name in searched:
-            whose = "searched"
-        rows.append([kind, f"1/{own[0]['alpha']:g}", f"{lam:g}", whose, show(own, "runs"),
-                     show(own, "linear")])
+    """README's first table: the best cells of each search, by their test accuracy."""
+    rows = [["loss", "τ", "λ", "search", "linear, %", "minus SimCLR [95 %]"],
+            ["untrained", "", "", "", show(row("own-untrained"), "linear"), ""]]
+    searched = {}
+    for place, stage in enumerate(lane.SEARCHES, 1):
+        for kind, name in tested(stage).items():
+            searched.setdefault(name, (kind, place))
+    simclr = tested()["SimCLR"]
+    for name in sorted(searched, key=lambda name: np.mean(values(name, "linear"))):
+        run, (kind, place) = row(name)[0], searched[name]
+        lead = [] if kind == "SimCLR" else [compared(name, simclr, "linear"),
+                                            verdict_of(name, simclr, "linear")]
+        rows.append([kind, f"1/{run['alpha']:g}", f"{run['lam']:g}", str(place),
+                     show(row(name), "linear"), ", ".join(lead)])
     return rows
 
 
@@ -323,24 +320,20 @@ def lead_rows():
     return rows
 
 
-# ------------------------------------------ QUESTIONS.md -------------------------------------
+# ------------------------------------------ QUESTIONS.md, A and B ----------------------------
 NOT_YET = "*Not run yet.*\n"
-SEEDS = {"A2": 6, "A2b": 6, "A3": 3}  # of each finalist
-PLANNED = {"A2": 18, "A2b": 0, "A3": 6}  # runs; A2b's pair is shown when it is complete
-ADDED_LATER = ("planned", "added later")  # A2's and A2b's pair
+KINDS = {("ntxent", True): "SimCLR", ("balanced", False): "balanced", ("balanced", True): "DCL"}
 NEW = (3, 4, 5)  # seeds that were trained after A2's comparisons had been noticed
-KINDS = {("ntxent", True): "simclr", ("balanced", False): "balanced",
-         ("balanced", True): "decoupled"}  # loss, λ = 1
 
 
-def validation_rows(stage="A1", methods=lane.METHODS):
-    """A1, A1b, A1c: linear accuracy on validation images of each method over its rates."""
+def validation_rows(stage):
+    """A1, A1b, A1c, A1d: linear accuracy on validation images of each method over its rates."""
     runs = select(stage=stage)
     if not runs:
         return NOT_YET
     rates = sorted({run["lr"] for run in runs})
     rows = [["", *(f"{rate:g}" for rate in rates), "best is interior"]]
-    for loss, alpha, lam in methods:
+    for loss, alpha, lam in lane.SEARCHES[stage]:
         own = select(stage=stage, loss=loss, alpha=float(alpha), lam=float(lam))
         at = {run["lr"]: run for run in own}
         best = max(at, key=lambda rate: at[rate]["linear"], default=None)
@@ -363,165 +356,95 @@ def stage_rows(stage):
     return rows
 
 
-def stage_runs(*stages):
-    """{id: run} of these stages."""
-    return {run["id"]: run for stage in stages for run in select(stage=stage)}
+def stage_runs(letter):
+    """{id: run} of the stages of this question."""
+    return {run["id"]: run for run in RUNS if run.get("stage", "").startswith(letter)}
 
 
-def searches_ended():
-    rows = stage_runs("A1", "A1b")
-    return bool(rows) and not lane.search("A1", rows) + lane.search("A1b", rows)
+def best_of_search(last):
+    """{kind: (method, rate)} by validation accuracy, of the searches up to this one."""
+    rows = stage_runs("A1")
+    methods = [method for method in lane.methods_until(last) if lane.rates_of(method, rows)]
+    return {KINDS[kind]: found for kind, found in lane.finalists(methods, rows).items()}
 
 
-def best_rows():
-    """{kind: row of A2 or A2b} of the best cells of A1 and A1b that have all seeds there."""
-    rows = stage_runs("A1", "A1b")
-    if not searches_ended():
-        return {}
+def rows_with_seeds(best, stages, seeds, epochs):
+    """{kind: row} of these (method, rate), where a stage has all seeds."""
     names = {}
-    for kind, pair in lane.finalists([*lane.METHODS, *lane.ADDED], rows).items():
-        for stage in ("A2", "A2b"):
-            name = lane.run_of(stage, *pair, 0, 4)["id"].removesuffix("-s0")
-            if len(select(row=name)) == SEEDS[stage]:
-                names[KINDS[kind]] = name
+    for kind, pair in best.items():
+        for stage in stages:
+            name = lane.run_of(stage, *pair, 0, epochs)["id"].removesuffix("-s0")
+            if len(select(row=name)) == seeds:
+                names[kind] = name
     return names
 
 
-def finalists(stage):
-    """Rows (balanced with λ ≠ 1, SimCLR) of A2 or A3 with three seeds or more, or None. A2b: of
-    the best of A1 and A1b, with six."""
-    if stage == "A2b":
-        pair = best_rows().get("balanced"), best_rows().get("simclr")
-        return None if None in pair else pair
-    rows = {}
-    for name, runs in by(select(stage=stage), "row").items():
-        loss, lam = runs[0]["loss"], runs[0]["lam"]
-        if len(runs) >= 3 and (loss == "ntxent") == (lam == 1):
-            rows[loss] = name[0]
-    if len(rows) < 2:
-        return None
-    return rows["balanced"], rows["ntxent"]
+def tested(last="A1d"):
+    """{kind: row of A2 or A2b}: the best of the searches up to this one, and until its six seeds
+    are there, the best of the searches before."""
+    names = {}
+    for stage in lane.SEARCHES:
+        if stage <= last:
+            names |= rows_with_seeds(best_of_search(stage), ("A2", "A2b"), 6, 4)
+    return names
 
 
-def stage_verdict(stage):
-    """Provisional as long as a run of the stage is missing."""
-    missing = max(0, PLANNED[stage] - len(select(stage=stage)))
-    late = f" (provisional: {missing} of {PLANNED[stage]} runs are missing)" if missing else ""
-    return verdict_of(*finalists(stage), "linear") + late
+def pairs():
+    """The comparisons of question A: {name: (row, row)}, as far as both have their seeds."""
+    first, best = tested("A1"), tested()
+    twenty = rows_with_seeds(best_of_search("A1b"), ("A3",), 3, 20)
+    decoupled = rows_with_seeds(best_of_search("A1d"), ("A3b",), 3, 20)
+    found = {"A2": (first.get("balanced"), first.get("SimCLR")),
+             "A2b": (best.get("balanced"), best.get("SimCLR")),
+             "A2b/DCL": (best.get("balanced"), best.get("DCL")),
+             "A3": (twenty.get("balanced"), twenty.get("SimCLR")),
+             "A3b": (twenty.get("balanced"), decoupled.get("DCL"))}
+    return {name: pair for name, pair in found.items() if None not in pair}
 
 
-def answer_to_a():
-    """Evidence, n, interval and verdict of "does λ ≠ 1 beat a tuned SimCLR?"."""
-    found = {stage: finalists(stage) for stage in SEEDS}
-    missing = [stage for stage in SEEDS if not found[stage]]
-    stages = [stage for stage in SEEDS if found[stage]]
-    if not stages:
-        one, two = "four-balanced-a2-l4", "four-ntxent-a8-l1"
-        return {"headline": "Not known yet", "plain": "The runs are under way.",
-                "evidence": "(2, 4) over NT-Xent (8, 1), 4 epochs, borrowed rates",
-                "n": f"{len(row(one))}, {len(row(two))}", "interval": compared(one, two, "linear"),
-                "verdict": f"open: {', '.join(missing)} not run yet"}
-    pairs = [found[stage] for stage in stages]
-    evidence = [f"{' over '.join(row(name)[0]['method'] for name in pair)}, {stage}"
-                for stage, pair in zip(stages, pairs)]
-    verdicts = [f"{stage}: {stage_verdict(stage)}" for stage in stages]
-    verdicts += [f"{stage}: not run yet, open" for stage in missing]
-    epochs = row(pairs[-1][0])[0]["epochs"]
-    longest = {stage: pair for stage, pair in zip(stages, pairs)
-               if row(pair[0])[0]["epochs"] == epochs}
-    said = {stage_verdict(stage) for stage in longest}
-    headline = said.pop()
-    if said:
-        headline = "; ".join(f"{stage_verdict(stage)} for {method_of(row(pair[0])[0])}, {when}"
-                             for (stage, pair), when in zip(longest.items(), ADDED_LATER))
-    return {"headline": f"After {epochs:g} epochs: {headline}",
-            "plain": f"{pairs_in_words(longest.values())} (points, 95 % intervals over seeds; "
-                     "*level* is within ±1.1).",
-            "evidence": "; ".join(evidence),
-            "n": "; ".join(f"{len(row(one))}, {len(row(two))}" for one, two in pairs),
-            "interval": "; ".join(compared(*pair, "linear") for pair in pairs),
-            "verdict": "; ".join(verdicts)}
-
-
-def pairs_in_words(pairs):
-    """"Minus SimCLR at τ = 1/16: balanced (4, 2) 0.21 […], n = 6 and 6; …"."""
+def pair_figures():
+    """Evidence, n, interval and verdict of each comparison."""
     found = {}
-    for one, two in pairs:
-        name = method_of(row(two)[0]).replace(",", " at")
-        found.setdefault(name, []).append(
-            f"{method_of(row(one)[0])} {compared(one, two, 'linear')}, "
-            f"n = {len(row(one))} and {len(row(two))}")
-    return ". ".join(f"Minus {name}: {'; '.join(texts)}" for name, texts in found.items())
-
-
-def best_of_search(rows):
-    """The best cells of A1 and A1b by validation accuracy, as far as there are runs."""
-    found = {}
-    searched = [method for method in [*lane.METHODS, *lane.ADDED] if lane.rates_of(method, rows)]
-    for kind, (method, rate) in lane.finalists(searched, rows).items():
-        name = KINDS[kind]
-        loss, alpha, lam = method
-        found[f"best/{name}"] = f"({alpha}, {lam})"
-        found[f"best/{name}/tau"] = f"1/{alpha}"
-        found[f"best/{name}/linear"] = number(lane.rates_of(method, rows)[rate])
-    return found
-
-
-def second_pair():
-    """The best of A1 and A1b in each kind, compared by their runs of A2 and A2b."""
-    found, names = {}, best_rows()
-    for key, other in (("difference", "simclr"), ("decoupled", "decoupled")):
-        parts = dict.fromkeys(("evidence", "n", "interval", "verdict"), "not run yet")
-        parts["words"] = "Minus DCL: balanced (8, 2)"
-        if {"balanced", other} <= names.keys():
-            pair = names["balanced"], names[other]
-            parts = {"evidence": " over ".join(row(name)[0]["method"] for name in pair),
-                     "n": ", ".join(str(len(row(name))) for name in pair),
-                     "interval": compared(*pair, "linear"), "verdict": verdict_of(*pair, "linear"),
-                     "words": pairs_in_words([pair])}
-            apart, half = difference(*pair, "linear")
+    is_unfinished = any(run["stage"] < "A3" for run in lane.plan(stage_runs("A")))
+    for name in ("A2", "A2b", "A2b/DCL", "A3", "A3b"):
+        parts = dict.fromkeys(("evidence", "n", "interval", "difference"), "not run yet")
+        parts["verdict"] = "open"
+        if name in pairs():
+            one, two = pairs()[name]
+            apart, half = difference(one, two, "linear")
+            parts = {"evidence": f"{method_of(row(one)[0])} over {method_of(row(two)[0])}",
+                     "n": f"{len(row(one))}, {len(row(two))}",
+                     "interval": show_interval(apart, half), "verdict": verdict(apart, half)}
             if parts["verdict"] == "better" and apart + half < MARGIN:
                 parts["verdict"] += f", within ±{MARGIN}"
-            if other == "decoupled" and lane.search("A1c", stage_runs("A1c")):
-                parts["verdict"] += "; provisional until DCL's search ends (A1c)"
-        found[f"A2b/{key}"] = "not run yet"
-        if parts["n"] != "not run yet":
-            found[f"A2b/{key}"] = "{evidence}: {interval}, {verdict}".format(**parts)
-        found |= {f"A2b/{key}/{name}": text for name, text in parts.items()}
+            if name.startswith("A2b") and is_unfinished:
+                parts["verdict"] += " (provisional: planned runs are missing)"
+            parts["difference"] = "{evidence}: {interval}, {verdict}".format(**parts)
+        found |= {f"{name}/{part}": text for part, text in parts.items()}
     return found
 
 
 def new_seeds():
-    """What was noticed in A2, by new seeds alone: the decoupled loss over A2's finalists. The SD is
-    pooled over these seeds of all rows of A2 and A2b that have them."""
+    """What was noticed in A2, by new seeds alone: DCL over A2's finalists. The SD is pooled over
+    these seeds of all rows of A2 and A2b that have them."""
     runs = [run for run in select(stage="A2") + select(stage="A2b") if run["seed"] in NEW]
     rows = {name: [run["linear"] for run in own] for (name,), own in by(runs, "row").items()}
-    decoupled, found = best_rows().get("decoupled"), {}
-    for key, other in zip(("balanced", "simclr"), finalists("A2") or (None, None)):
-        found[f"new/{key}"] = found[f"new/{key}/verdict"] = "not run yet"
-        if decoupled and other:
-            apart = np.mean(rows[decoupled]) - np.mean(rows[other])
-            half = half_width(*pooled_sd(list(rows.values())), len(NEW), len(NEW))
-            found[f"new/{key}"] = show_interval(apart, half)
-            found[f"new/{key}/verdict"] = verdict(apart, half)
+    found, first = {}, tested("A1b")
+    for kind in ("balanced", "SimCLR"):
+        apart = np.mean(rows[first["DCL"]]) - np.mean(rows[tested("A1")[kind]])
+        half = half_width(*pooled_sd(list(rows.values())), len(NEW), len(NEW))
+        found[f"new/{kind}"] = show_interval(apart, half)
+        found[f"new/{kind}/verdict"] = verdict(apart, half)
     return found
 
 
 def question_figures():
-    found = {f"A/{name}": text for name, text in answer_to_a().items()}
-    for stage in ("A1", "A1b", "A1c", "A2", "A2b", "A3", "A3b", "B"):
-        found[f"{stage}/runs"] = str(len(select(stage=stage)))
-    rows = stage_runs("A1", "A1b")
-    found |= best_of_search(rows) | second_pair() | new_seeds()
-    found["A1/state"] = "not finished yet: runs are added until each best rate is interior"
-    if rows and not lane.search("A1", rows):
-        found["A1/state"] = "finished"
-    for stage in ("A2", "A3"):
-        pair = finalists(stage)
-        found[f"{stage}/difference"] = (
-            f"{compared(*pair, 'linear')}, {stage_verdict(stage)}" if pair
-            else "fewer than three seeds of both finalists are there: open")
-    return found
+    found = {f"{stage}/runs": str(len(select(stage=stage)))
+             for stage in (*lane.SEARCHES, "A2", "A2b", "A3", "A3b", "B")}
+    for kind, (method, rate) in best_of_search("A1d").items():
+        found[f"best/{kind}"] = method_of(dict(zip(("loss", "alpha", "lam"), method)))
+        found[f"best/{kind}/linear"] = number(lane.rates_of(method, stage_runs("A1"))[rate])
+    return found | pair_figures() | new_seeds()
 
 
 # ------------------------------------------ question C ---------------------------------------
@@ -858,9 +781,7 @@ def item_rows():
 TABLES = {
     **{name: functools.partial(rows_of, name) for name in ROW_TABLES},
     "first": first_rows, "main": main_rows, "own": own_rows, "leads": lead_rows,
-    "A1": validation_rows,
-    "A1b": functools.partial(validation_rows, "A1b", lane.ADDED),
-    "A1c": functools.partial(validation_rows, "A1c", lane.EXTRA),
+    **{stage: functools.partial(validation_rows, stage) for stage in lane.SEARCHES},
     **{stage: functools.partial(stage_rows, stage) for stage in ("A2", "A2b", "A3", "A3b", "B")},
     "C": c_rows, "C theory": c_theory_rows, "C bias": c_bias_rows,
     "validation": functools.partial(preset_rates, "V"),

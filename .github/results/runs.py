@@ -90,7 +90,7 @@ def select(**wanted):
 def method_of(run):
     """A run's method by the name that it has elsewhere if λ = 1."""
     if run["lam"] == 1:
-        return f"{'SimCLR' if run['loss'] == 'ntxent' else 'DCL'}, τ = 1/{run['alpha']:g}"
+        return f"{'SimCLR' if run['loss'] == 'ntxent' else 'DCL'} at τ = 1/{run['alpha']:g}"
     return f"{NAMES[run['loss']]} ({run['alpha']:g}, {run['lam']:g})"
 
 
