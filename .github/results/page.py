@@ -397,6 +397,7 @@ def pairs():
     found = {"A2": (first.get("balanced"), first.get("SimCLR")),
              "A2b": (best.get("balanced"), best.get("SimCLR")),
              "A2b/DCL": (best.get("balanced"), best.get("DCL")),
+             "DCL": (best.get("DCL"), best.get("SimCLR")),
              "A3": (twenty.get("balanced"), twenty.get("SimCLR")),
              "A3b": (twenty.get("balanced"), decoupled.get("DCL"))}
     return {name: pair for name, pair in found.items() if None not in pair}
@@ -406,7 +407,7 @@ def pair_figures():
     """Evidence, n, interval and verdict of each comparison."""
     found = {}
     is_unfinished = any(run["stage"] < "A3" for run in lane.plan(stage_runs("A")))
-    for name in ("A2", "A2b", "A2b/DCL", "A3", "A3b"):
+    for name in ("A2", "A2b", "A2b/DCL", "DCL", "A3", "A3b"):
         parts = dict.fromkeys(("evidence", "n", "interval", "difference"), "not run yet")
         parts["verdict"] = "open"
         if name in pairs():
@@ -417,7 +418,7 @@ def pair_figures():
                      "interval": show_interval(apart, half), "verdict": verdict(apart, half)}
             if parts["verdict"] == "better" and apart + half < MARGIN:
                 parts["verdict"] += f", within ±{MARGIN}"
-            if name.startswith("A2b") and is_unfinished:
+            if name in ("A2b", "A2b/DCL", "DCL") and is_unfinished:
                 parts["verdict"] += " (provisional: planned runs are missing)"
             parts["difference"] = "{evidence}: {interval}, {verdict}".format(**parts)
         found |= {f"{name}/{part}": text for part, text in parts.items()}
@@ -438,13 +439,36 @@ def new_seeds():
     return found
 
 
+def as_planned():
+    """A2's comparison by its 18 planned runs: three of DCL's six came later."""
+    rows = by(select(stage="A2"), "row")
+    groups = [[run["linear"] for run in runs if run["lam"] != 1 or run["loss"] == "ntxent"
+               or run["seed"] not in NEW] for runs in rows.values()]
+    apart = difference(*pairs()["A2"], "linear")[0]
+    half = half_width(*pooled_sd(groups), 6, 6)
+    return f"{show_interval(apart, half)}, {verdict(apart, half)}"
+
+
 def question_figures():
     found = {f"{stage}/runs": str(len(select(stage=stage)))
              for stage in (*lane.SEARCHES, "A2", "A2b", "A3", "A3b", "B")}
+    searched = stage_runs("A1")
     for kind, (method, rate) in best_of_search("A1d").items():
         found[f"best/{kind}"] = method_of(dict(zip(("loss", "alpha", "lam"), method)))
-        found[f"best/{kind}/linear"] = number(lane.rates_of(method, stage_runs("A1"))[rate])
-    return found | pair_figures() | new_seeds()
+        found[f"best/{kind}/linear"] = number(lane.rates_of(method, searched)[rate])
+        own = [run for run in searched.values() if KINDS[run["loss"], run["lam"] == 1] == kind]
+        found[f"search/{kind}"] = str(len(own))
+        found[f"search/{kind}/cells"] = str(len(by(own, "alpha", "lam")))
+
+    def best(*method):
+        return max(lane.rates_of(method, searched).values())
+
+    for alpha, borrowed in ((2, 1.6), (8, 0.4)):  # by the search, over the older rows' rate
+        known = lane.rates_of(("ntxent", alpha, 1), searched)
+        found[f"gain/{alpha}"] = number(max(known.values()) - known[borrowed])
+    for alpha in (4, 8):
+        found[f"lam/{alpha}"] = number(best("balanced", alpha, 2) - best("balanced", alpha, 1))
+    return found | pair_figures() | new_seeds() | {"A2/as planned": as_planned()}
 
 
 # ------------------------------------------ question C ---------------------------------------
@@ -705,6 +729,7 @@ def paper_figures():
     balanced, ntxent = np.array(PAPER["balanced"]), np.array(PAPER["ntxent"])
     found = {"paper/4-1": number(balanced[2, 0]), "paper/gain": number(balanced[1, 2]
              - balanced[1, 0]), "paper/headline": number(balanced[1, 2] - ntxent[1, 0]),
+             "paper/over-dcl": number(balanced.max() - balanced[:, 0].max()),
              "paper/colder": number(ntxent[3, 0] - ntxent[1, 0]),
              "paper/8-4": number(balanced[3, 2] - ntxent[3, 2])}
     found |= {f"quoted/{name}": figure for name, figure in HEADER["quoted"].items()}

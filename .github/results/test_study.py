@@ -852,9 +852,11 @@ def test_the_commands_of_readme_are_understood():
     readme = (HERE.parents[1] / "README.md").read_text(encoding="utf8").replace("\\\n", " ")
     commands = re.findall(r"balcon\.py( --[^`#\n]*)", readme + balcon.__doc__)
     commands = [words.split() for words in commands if not re.search("--(checkpoint|help)", words)]
-    assert len(commands) >= 12
+    assert len(commands) >= 10
     for words in commands:
         balcon.check_settings(balcon.parse_flags(words))
+    for text in re.findall("`(--[a-z-]+ [^`]+)`", readme):
+        balcon.parse_flags(text.split())
 
 
 def test_the_picture_of_the_answer_shows_the_runs():
