@@ -1,6 +1,7 @@
 """Draws product.svg, bounds.svg and answer.svg. Needs matplotlib."""
 import numpy as np
-from page import CONTROLS
+from lane import SEARCHES
+from page import CONTROLS, tested
 from runs import HERE, LOSSES, NAMES, grid, method_of, row, select, spread, values
 from stats import half_width
 
@@ -33,18 +34,20 @@ def bounds_figure(new_figure):
 
 
 def answer_points():
-    """[(label, colour, mean, half of the 95 % interval)]: preset H, 4 epochs, test; A2's rows in
-    place of older ones of the same method."""
+    """[(label, colour, face, mean, half of the 95 % interval)]: preset H, 4 epochs, test; A2's rows
+    in place of older ones of the same method. Filled: τ and rate were searched, six seeds."""
     points = []
+    searched = {name for stage in SEARCHES for name in tested(stage).values()}
     for name in CONTROLS[::-1]:
-        points.append((row(name)[0]["method"], "C7", values(name, "linear")[0], 0))
+        points.append((row(name)[0]["method"], "C7", "C7", values(name, "linear")[0], 0))
     chosen = {(run["loss"], run["alpha"], run["lam"]): run["row"]
               for run in select(preset="H", epochs=4)}  # later rows replace earlier ones
     for loss, alpha, lam in sorted(chosen, key=lambda cell: (cell[0] == "balanced", *cell[1:])):
         name = chosen[loss, alpha, lam]
         known = values(name, "linear")
         colour = "C0" if loss == "ntxent" else "C1"
-        points.append((method_of(row(name)[0]), colour, np.mean(known),
+        face = colour if name in searched else "none"
+        points.append((method_of(row(name)[0]), colour, face, np.mean(known),
                        half_width(*spread(name, "linear"), len(known))))
     return points
 
@@ -53,8 +56,8 @@ def answer_figure(new_figure):
     points = answer_points()
     figure = new_figure((8, 0.3 * len(points) + 0.8))
     axes = figure.subplots()
-    for place, (_, colour, mean, half) in enumerate(points):
-        axes.errorbar(mean, place, xerr=half, fmt="o", color=colour, capsize=3)
+    for place, (_, colour, face, mean, half) in enumerate(points):
+        axes.errorbar(mean, place, xerr=half, fmt="o", color=colour, mfc=face, capsize=3)
         axes.annotate(f"{mean:.1f}", (mean + half, place), (6, -3), textcoords="offset points")
     axes.set_yticks(range(len(points)), [label for label, *_ in points])
     axes.invert_yaxis()

@@ -597,8 +597,10 @@ def test_the_answer_compares_the_best_of_each_kind_once_all_seeds_are_there(with
     assert found["A2b/difference"] == found["A2/difference"] + (
         " (provisional: planned runs are missing)")
     assert found["A2b/DCL/interval"] == found["A3/interval"] == "not run yet"
-    points = {label: (mean, half) for label, _, mean, half in figures.answer_points()}
-    assert points["balanced (4, 2)"][0] == 64 and points["SimCLR at τ = 1/16"][0] == 61
+    points = {label: point for label, *point in figures.answer_points()}
+    assert points["balanced (4, 2)"][:3] == ["C1", "C1", 64]
+    assert points["SimCLR at τ = 1/16"][:3] == ["C0", "C0", 61]
+    assert points["NT-Xent (4, 2)"][:3] == ["C0", "none", 61]
 
 
 def test_the_pairs_follow_the_search(with_rows, monkeypatch):
@@ -861,7 +863,7 @@ def test_the_commands_of_readme_are_understood():
 
 def test_the_picture_of_the_answer_shows_the_runs():
     texts = re.findall(r">([^<]*)</text>", (HERE / "answer.svg").read_text(encoding="utf8"))
-    for label, _, mean, _ in figures.answer_points():
+    for label, _, _, mean, _ in figures.answer_points():
         assert label in texts and f"{mean:.1f}" in texts, "study.py figures draws it anew"
 
 
