@@ -27,17 +27,17 @@ The file has three parts. Part 1 is the method: the losses, then all that surrou
 order of use: views, images, model, pretraining, evaluation. You may stop there. Part 2 measures the
 paper's theory. Part 3 is the machinery: settings, checkpoints, processes, files, pictures. `cfg`
 holds the settings, which the table at the start of part 3 explains, and two derived values:
-`cfg.views`, the distribution of views, and `cfg.images`, a fingerprint of names and labels.
+`cfg.views`, the distribution of views, and `cfg.images_digest`, a fingerprint of names and labels.
 """
 import argparse
 import contextlib
+import copy
 import difflib
 import errno
 import hashlib
 import io
 import json
 import math
-import operator
 import os
 import re
 import subprocess
@@ -60,8 +60,9 @@ from torchvision.transforms.v2.functional import (center_crop, pil_to_tensor, re
 
 
 # ==========================================================================================
-# Part 1: the method. From the loss to an evaluated encoder. Of part 3 it uses mainly `rng`, a
-# random generator made from a key; `to_device`; `gather_rows`, which joins what ranks computed.
+# Part 1: the method. From the loss to an evaluated encoder. Of part 3 it uses `rng`, a random
+# generator made from a key; `to_device`; `rank_share` and `gather_rows`, by which processes divide
+# work and join its results; `Session`, which logs, saves and resumes; `progress`, the time left.
 # ==========================================================================================
 
 # ----------------------------------------- losses -----------------------------------------
@@ -100,12 +101,8 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
     if m * ranks < 2:
         raise ValueError("one image has no negatives: the batch must hold at least two")
 
-    def sum_over_ranks(gradient):
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient
-
-    with torch.autocast("cpu" if z1.is_meta else z1.device.type, enabled=False):
+    device_type = "cpu" if z1.is_meta else z1.device.type  # autocast knows no meta device
+    with torch.autocast(device_type, enabled=False):
         dtype = torch.promote_types(z1.dtype, torch.float32)
         z = [z1.to(dtype), z2.to(dtype)]
         if similarity == "cosine":
@@ -117,6 +114,12 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
             dist.all_gather(parts, z.detach())
             parts[own_rank] = z  # my rows keep their graph; the others have none
             candidates = torch.cat(parts)  # [R · 2m, d]
+
+            def sum_over_ranks(gradient):
+                gradient = gradient.clone()
+                dist.all_reduce(gradient)
+                return gradient
+
             # Every rank's loss depends on my rows, so my rows need the sum of all ranks' gradients.
             if z.requires_grad:
                 candidates.register_hook(sum_over_ranks)
@@ -162,11 +165,17 @@ LOSSES = {"balanced": balanced_contrastive_loss, "ntxent": generalized_nt_xent_l
 
 
 # ----------------------------------------- views ------------------------------------------
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet, also for CIFAR (A.4.1)
+# T, the distribution of views: a random crop, whose share of the image lies in crop_scale, resized
+# to size × size, then the augmentations of these names, in order.
+Views = namedtuple("Views", "names size crop_scale")
+
+
 class Draw(namedtuple("Draw", "key views_in_batch rows")):
     """The random numbers that make t ~ T for the views `rows` of a batch of `views_in_batch`.
 
-    They depend on the key (seed, purpose and step), their name and a view's place in the batch
-    only. So the same key gives the same t to other images (Eq. 51), and since each rank draws for
+    They depend only on the key (seed, purpose and step), their name and a view's place in the
+    batch. So the same key gives the same t to other images (Eq. 51), and since each rank draws for
     the whole batch and takes its own rows, 1, 2 or 8 processes see the same views.
     """
 
@@ -176,7 +185,55 @@ class Draw(namedtuple("Draw", "key views_in_batch rows")):
         return numbers.uniform_(low, high, generator=rng(*self.key, name))[self.rows]
 
     def only(self, chosen):
+        """t of the chosen views."""
         return self._replace(rows=self.rows[chosen])
+
+
+def random_crop_boxes(t, shape, scale):
+    """Boxes [n, 4] (top, left, height, width) in whole pixels, as RandomResizedCrop draws them.
+
+    shape: [n, 2], height and width of each image. Its box is the first of ten random ones that fits
+    into it, or else the largest central one with an aspect ratio between 3/4 and 4/3.
+    """
+    shape = shape.float()
+    area = t.uniform("area", *scale, 10) * shape[:, :1] * shape[:, 1:]  # [n, 10]
+    ratio = t.uniform("ratio", math.log(3 / 4), math.log(4 / 3), 10).exp()  # width / height
+    sides = torch.stack([area / ratio, area * ratio], 2).sqrt().round().clamp(min=1)  # [n, 10, 2]
+    room = shape[:, None] - sides
+    corner = (t.uniform("corner", 0, 1, 10, 2) * (room + 1)).floor()
+    boxes = torch.cat([corner, sides], 2)  # [n, 10, 4]
+
+    largest = shape.minimum((shape.flip(1) * 4 / 3).round())  # [n, 2]
+    central = torch.cat([((shape - largest) / 2).floor(), largest], 1)
+    boxes = torch.cat([boxes, central[:, None]], 1)  # [n, 11, 4]
+    fits = (boxes[..., 2:] <= shape[:, None]).all(2)  # the eleventh always does
+    first = fits.int().argmax(1)
+    return boxes[torch.arange(len(boxes)), first].long()
+
+
+def central_boxes(shape):
+    """[n, 4]: the central square of 7/8 of the shorter side, as Resize(8/7 S) and CenterCrop(S)."""
+    side = (0.875 * shape.amin(1, keepdim=True)).round().clamp(min=1)  # [n, 1]
+    corner = ((shape - side) / 2).floor()
+    return torch.cat([corner, side, side], 1).long()
+
+
+def crop_resize(x, box, size):
+    """x: [n, 3, H, H], box: [n, 4] -> [n, 3, size, size], antialiased bilinear.
+
+    Resizing is linear along each axis, so two matrices per image crop and resize at once:
+    weight[i, j] is what pixel j gives to pixel i of the result.
+    """
+    height = x.shape[-1]
+    start, length = box[:, :2, None, None], box[:, 2:, None, None]  # [n, 2, 1, 1]: rows, columns
+    stride = length / size
+    pixel = torch.arange(0.5, height, device=x.device)  # [H], the centres of the pixels
+    centre = start + stride * torch.arange(0.5, size, device=x.device)[:, None]  # [n, 2, size, 1]
+    weight = (1 - (pixel - centre).abs() / stride.clamp(min=1)).clamp_(min=0)  # a triangle
+    weight = weight * ((pixel > start) & (pixel < start + length))  # nothing beyond the crop
+    rows, columns = (weight / weight.sum(-1, keepdim=True)).unbind(1)  # [n, size, H] each
+    x = x.flatten(1, 2) @ columns.mT  # [n, 3·H, size]
+    return rows[:, None] @ x.view(len(x), 3, height, size)
 
 
 # An augmentation is a function f(x, t): x [n, 3, S, S] in [0, 1] on any device, t a Draw of n rows.
@@ -229,7 +286,8 @@ def turn_hue(x, turn):
 
 
 def gaussian_blur(x, t):
-    """σ from 0.1 to 2 pixels. The kernel has 23, SimCLR's tenth of 224, or 2S − 1 if S < 12."""
+    """σ from 0.1 to 2 pixels. The kernel's width is 23, SimCLR's tenth of 224 made odd, or 2S − 1,
+    the largest that reflection allows."""
     n = len(x)
     radius = min(11, x.shape[-1] - 1)
     sigma = to_device(t.uniform("sigma", 0.1, 2, 1), x.device)  # [n, 1]
@@ -237,14 +295,14 @@ def gaussian_blur(x, t):
     kernel = torch.softmax(-0.5 * (offset / sigma) ** 2, 1)  # [n, width]
     kernel = kernel.repeat_interleave(3, 0)[:, None, None]  # [3n, 1, 1, width]: one a channel
     x = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)
-    x = F.conv2d(x, kernel, groups=3 * n)  # along the rows
-    x = F.conv2d(x, kernel.mT, groups=3 * n)  # along the columns
+    x = F.conv2d(x, kernel, groups=3 * n)  # horizontally
+    x = F.conv2d(x, kernel.mT, groups=3 * n)  # vertically
     return x.unflatten(0, (n, 3))
 
 
 # The paper names the next three without parameters; these are ours.
 def random_cutout(x, t):
-    """A square of half the side, clipped at the image's border, gets the colour MEAN (below)."""
+    """A square of half the side, clipped at the image's border, gets the colour MEAN."""
     side = x.shape[-1]
     centre = (side * t.uniform("cutout", 0, 1, 2, 1)).floor()  # [n, 2, 1]: row, column
     corner = centre - side // 4
@@ -263,8 +321,8 @@ def random_rotation(x, t):
 
 
 def gaussian_noise(x, t):
-    """Deviation 0.1. Drawn on the CPU, so that every device gets the same noise."""
-    seeds = t.uniform("noise seed", 0, 2 ** 24).long().tolist()
+    """Standard deviation 0.1. Drawn on the CPU, so that every device gets the same noise."""
+    seeds = t.uniform("noise seed", 0, 2 ** 24).long().tolist()  # float32 holds these exactly
     noise = torch.stack([torch.randn(x.shape[1:], generator=rng(seed)) for seed in seeds])
     return (x + 0.1 * to_device(noise, x.device)).clamp(0, 1)
 
@@ -278,10 +336,6 @@ AUGMENTATIONS = {  # name: (the function, the probability that it is applied to 
     "random_rotation": (random_rotation, 0.75),  # 0, 1, 2 and 3 quarters are equally likely
     "gaussian_noise": (gaussian_noise, 0.5),
 }
-# T, the distribution of views: a random crop, whose share of the image lies in crop_scale, resized
-# to size × size, then the augmentations of these names, in order.
-Views = namedtuple("Views", "names size crop_scale")
-
 
 def augment(x, t, names):
     """x: [n, 3, S, S] in [0, 1], changed in place by the augmentations of these names, in order."""
@@ -294,57 +348,7 @@ def augment(x, t, names):
     return x
 
 
-def random_crop_boxes(t, shape, scale):
-    """Boxes [n, 4] (top, left, height, width) in whole pixels, as RandomResizedCrop draws them.
-
-    shape: [n, 2], height and width of each image. Its box is the first of ten random ones that fits
-    into it, or else the largest central one with an aspect ratio between 3/4 and 4/3.
-    """
-    shape = shape.float()
-    area = t.uniform("area", *scale, 10) * shape[:, :1] * shape[:, 1:]  # [n, 10]
-    ratio = t.uniform("ratio", math.log(3 / 4), math.log(4 / 3), 10).exp()  # width / height
-    sides = torch.stack([area / ratio, area * ratio], 2).sqrt().round().clamp(min=1)  # [n, 10, 2]
-    room = shape[:, None] - sides
-    corner = (t.uniform("corner", 0, 1, 10, 2) * (room + 1)).floor()
-    corner = corner.minimum(room)  # float32 may round up
-    boxes = torch.cat([corner, sides], 2)  # [n, 10, 4]
-
-    largest = shape.minimum((shape.flip(1) * 4 / 3).round())  # [n, 2]
-    central = torch.cat([((shape - largest) / 2).floor(), largest], 1)
-    boxes = torch.cat([boxes, central[:, None]], 1)  # [n, 11, 4]
-    fits = (boxes[..., 2:] <= shape[:, None]).all(2)  # the eleventh always does
-    return boxes[torch.arange(len(boxes)), fits.int().argmax(1)].long()
-
-
-def central_boxes(shape):
-    """[n, 4]: the central square of 7/8 of the shorter side, as Resize(8/7 S) and CenterCrop(S)."""
-    side = (0.875 * shape.amin(1, keepdim=True)).round().clamp(min=1)  # [n, 1]
-    corner = ((shape - side) / 2).floor()
-    return torch.cat([corner, side, side], 1).long()
-
-
-def crop_resize(x, box, size):
-    """x: [n, 3, H, H], box: [n, 4] -> [n, 3, size, size], antialiased bilinear.
-
-    Resizing is linear along each axis, so two matrices per image crop and resize at once:
-    weight[i, j] is what pixel j gives to pixel i of the result.
-    """
-    height = x.shape[-1]
-    start, length = box[:, :2, None, None], box[:, 2:, None, None]  # [n, 2, 1, 1]: rows, columns
-    stride = length / size
-    pixel = torch.arange(0.5, height, device=x.device)  # [H], the centres of the pixels
-    centre = start + stride * torch.arange(0.5, size, device=x.device)[:, None]  # [n, 2, size, 1]
-    weight = (1 - (pixel - centre).abs() / stride.clamp(min=1)).clamp_(min=0)  # a triangle
-    weight = weight * ((pixel > start) & (pixel < start + length))  # nothing beyond the crop
-    rows, columns = (weight / weight.sum(-1, keepdim=True)).unbind(1)  # [n, size, H] each
-    x = x.flatten(1, 2) @ columns.mT  # [n, 3·H, size]
-    return rows[:, None] @ x.view(len(x), 3, height, size)
-
-
 # ----------------------------------------- images -----------------------------------------
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet, also for CIFAR (A.4.1)
-
-
 class Images:
     """N images in memory: pixels uint8 [N, 3, S, S] on the device. An image that is not S × S
     lies in the upper left corner.
@@ -367,6 +371,9 @@ class Images:
     def __len__(self):
         return len(self.labels)
 
+    def __getstate__(self):  # what other ranks get; load_data sends the pixels as a tensor
+        return {**vars(self), "pixels": None}
+
     def to(self, device):
         self.device = device
         if self.pixels is not None:
@@ -374,34 +381,39 @@ class Images:
         return self
 
     def select(self, rows):
-        chosen = Images(self.pixels[to_device(rows, self.device)], self.shapes[rows],
-                        self.labels[rows], self.names[rows.numpy()], self.classes, self.size)
-        return chosen.to(self.device)
+        chosen = copy.copy(self)
+        chosen.labels, chosen.names = self.labels[rows], self.names[rows.numpy()]
+        if self.pixels is not None:
+            chosen.pixels = self.pixels[to_device(rows, self.device)]
+            chosen.shapes = self.shapes[rows]
+        return chosen
 
     def batches(self, plan, views=None, n=1, key=(), one_t=False):
-        """Yields step, x for each (step, rows) of `plan`; rows: [m], images of a batch.
+        """Yields step, x for each (step, rows) of `plan`; rows: [m], which images make the batch.
 
         x: [n·b, 3, size, size], normalised. It holds n views of each of this rank's b images,
         first the first view of all, then the second. Without `views` it holds the b images. With
         one_t there is one t for all images of all steps.
         """
-        def request(step, rows):
-            own = rank_share(len(rows))
-            places = torch.arange(n * len(rows)).view(n, -1)[:, own].flatten()  # [n·b]
-            t = Draw((*key, step), n * len(rows), places)
-            if one_t:
-                t = Draw(key, 1, 0 * places)
-            return step, rows[own], t
+        def requests():
+            for step, rows in plan:
+                own = rank_share(len(rows))
+                # Where this rank's views lie among the n·m views of the batch.
+                places = torch.arange(n * len(rows)).view(n, -1)[:, own].flatten()  # [n·b]
+                t = Draw((*key, step), n * len(rows), places)
+                if one_t:
+                    t = Draw(key, 1, torch.zeros_like(places))
+                yield step, rows[own], t
 
         mean, std = to_device(torch.tensor([MEAN, STD]), self.device)[..., None, None]
-        for step, x, t in self.read((request(*pair) for pair in plan), views):
+        for step, x, t in self.read(requests(), views):
             x = to_device(x, self.device).float() / 255
             if views:
                 x = augment(x, t, views.names)
             yield step, ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
     def read(self, requests, views):
-        """Yields step, x [n·b, 3, size, size] from 0 to 255, t: cropped, not augmented yet."""
+        """Yields step, x, t of each request; x: [n·b, 3, size, size], 0 to 255, cropped only."""
         for step, rows, t in requests:
             x = self.pixels.index_select(0, to_device(rows, self.device)).float()
             shape = self.shapes[rows]
@@ -484,7 +496,7 @@ def pretrain(encoder, train, cfg):
 
 
 # ----------------------------------------- evaluation -------------------------------------
-def by_parts(network, x):
+def in_chunks(network, x):
     """network(x) in evaluation. A CPU is faster on parts that its cache holds."""
     return torch.cat([network(part) for part in x.split(64 if x.device.type == "cpu" else 512)])
 
@@ -494,10 +506,10 @@ def extract(backbone, data, cfg):
     """Features [N, d] float32 of the plain images, on every rank."""
     backbone.eval()
     batches = torch.arange(len(data)).split(512)
-    features = None
+    features = None  # filled in place: joining parts would need ImageNet's 10 GB twice
     for step, x in progress("features", data.batches(enumerate(batches)), len(batches)):
         with autocast(data.device, cfg):
-            x = by_parts(backbone, x).float()
+            x = in_chunks(backbone, x).float()
         rows = batches[step]
         if features is None:
             features = x.new_empty(len(data), x.shape[1])
@@ -531,7 +543,7 @@ def linear_predict(train_features, train_labels, test_features, l2):
     bank = (bank - mean) / std
     queries = (F.normalize(test_features, dim=1) - mean) / std
     weight = bank.new_zeros(int(train_labels.max()) + 1, bank.shape[1], requires_grad=True)
-    offset = bank.new_zeros(len(weight), requires_grad=True)
+    offset = bank.new_zeros(len(weight), requires_grad=True)  # a bias means Eq. 16 in this file
     optimizer = torch.optim.LBFGS([weight, offset], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
@@ -563,7 +575,7 @@ def train_on_crops(backbone, width, train, cfg):
     views = Views(["flip"], train.size or train.pixels.shape[-1], (0.08, 1.0))
     path = cfg.out / "classifier.pt"
     made_by = {"settings": values_of(cfg, DEPENDS["linear"]), "backbone": before,
-               "images": cfg.images}
+               "images": cfg.images_digest}
     first_epoch = resume(path, made_by, classifier=classifier, optimizer=optimizer)["epoch"]
     for epoch in range(first_epoch, cfg.probe_epochs):
         order = torch.randperm(len(train), generator=rng(cfg.seed, "classifier", epoch))
@@ -572,7 +584,7 @@ def train_on_crops(backbone, width, train, cfg):
         stage = f"linear classifier, epoch {epoch + 1} of {cfg.probe_epochs}:"
         for step, x in progress(stage, batches, per_epoch):
             with torch.no_grad(), autocast(train.device, cfg):
-                features = by_parts(backbone, x).float()
+                features = in_chunks(backbone, x).float()
             labels = train.labels[rows[step]]
             logits = classifier(gather_rows(features, len(labels)))
             loss = F.cross_entropy(logits, to_device(labels, x.device))
@@ -587,23 +599,23 @@ def train_on_crops(backbone, width, train, cfg):
 
 
 # ==========================================================================================
-# Part 2: the theory, measured on training images and their labels.
+# Part 2: the theory, measured on training images and their labels. f(t(x)) is the projection of
+# unit length (Assumption 4.2), unless another space is named.
 # ==========================================================================================
-# f(t(x)) is the projection of unit length (Assumption 4.2), unless another space is named.
 @torch.no_grad()
 def embed(encoder, data, cfg, name, n=1, groups=1, one_t=False):
     """(unit projections, raw projections, backbone features), each [N, groups, d], on every rank:
     means over n / groups views of each image.
 
     The same name gives the same t to the same row; with one_t all images get the same t. Computed
-    in float32 even where training is not: rounding would be a distance, too.
+    in float32 even where training is not: bfloat16's rounding would add to the distances.
     """
     encoder.eval()
     batches = torch.arange(len(data)).split(max(1, 512 // n))
     views = data.batches(enumerate(batches), cfg.views, n, (cfg.seed, name), one_t)
     spaces = [], [], []
     for step, x in progress(f"theory, {name}", views, len(batches)):
-        features = by_parts(encoder.backbone, x)
+        features = in_chunks(encoder.backbone, x)
         raw = encoder.projector(features)
         for space, z in zip(spaces, (F.normalize(raw, dim=1), raw, features)):
             z = z.unflatten(0, (groups, n // groups, -1))  # [groups, views, b, d]
@@ -626,15 +638,16 @@ def class_means(x, labels):
     return sums / labels.bincount().view(-1, *[1] * (x.dim() - 1))
 
 
-def mean_length(gaps):
+def mean_norm(differences):
     """Mean distance between two expectations over T, extrapolated to infinitely many views.
 
-    gaps: [N, 2, d], for each of N images their difference, estimated from either half of its K
-    views. Noise adds about c/K to the squared length L² with K views, 2c/K with K/2. So
-    2(L² + c/K) − (L² + 2c/K) is L² (Richardson extrapolation), if the N lengths are similar.
+    differences: [N, 2, d], for each of N images the difference of the two, estimated from the first
+    and from the second half of its K views. Noise adds about c/K to the squared norm L² with K
+    views, for some c, and 2c/K with K/2. So 2(L² + c/K) − (L² + 2c/K) is L² (Richardson
+    extrapolation), if the N norms are similar.
     """
-    whole = gaps.mean(1).norm(dim=1).mean()
-    half = gaps.norm(dim=2).mean()
+    whole = differences.mean(1).norm(dim=1).mean()
+    half = differences.norm(dim=2).mean()
     return (2 * whole ** 2 - half ** 2).clamp(min=0).sqrt().item()
 
 
@@ -643,7 +656,7 @@ def eq16(halves, labels):
 
     halves: [N, 2, d], means over two halves of K views. An image is part of its class's mean.
     """
-    return mean_length(class_means(halves, labels)[labels] - halves)
+    return mean_norm(class_means(halves, labels)[labels] - halves)
 
 
 def measure_bias(encoder, train, cfg):
@@ -665,15 +678,15 @@ def measure_bias(encoder, train, cfg):
     z = embed(encoder, data, cfg, "bias")
     z_other = embed(encoder, data.select(other), cfg, "bias")  # the same name: the same t
     means = embed(encoder, data, cfg, "mean views", n=cfg.theory_views, groups=2)
-    found = {}
+    metrics = {}
     for space, x, x_other, halves in zip(("", "raw_", "features_"), z, z_other, means):
         random_views = (x[pairs[0]] - x[pairs[1]]).norm(dim=2).mean().item()
-        random_means = mean_length(halves[pairs[0]] - halves[pairs[1]])
-        found[f"{space}eq51"] = (x - x_other).norm(dim=2).mean().item()
-        found[f"{space}eq16"] = eq16(halves, labels)
-        found[f"{space}eq51_relative"] = found[f"{space}eq51"] / max(random_views, 1e-12)
-        found[f"{space}eq16_relative"] = found[f"{space}eq16"] / max(random_means, 1e-12)
-    return found
+        random_means = mean_norm(halves[pairs[0]] - halves[pairs[1]])
+        metrics[f"{space}eq51"] = (x - x_other).norm(dim=2).mean().item()
+        metrics[f"{space}eq16"] = eq16(halves, labels)
+        metrics[f"{space}eq51_relative"] = metrics[f"{space}eq51"] / max(random_views, 1e-12)
+        metrics[f"{space}eq16_relative"] = metrics[f"{space}eq16"] / max(random_means, 1e-12)
+    return metrics
 
 
 def repulsion_bound(anchor, bank, labels, alpha):
@@ -716,29 +729,32 @@ def measure_bounds(encoder, train, cfg):
     printed_gap, printed_fails    Eq. 10 as printed: one t′ for the whole bank, B's mean over K t′
     angle                         mean angle between f(t(x)) and the mean view, in degrees
     angle_over_90                 share of images with more than 90°, which break Assumption 4.3
-    nu                            smallest ν of all images: λ of Eq. 17 is that of Eq. 2 over ν
+    nu                            smallest ν of all images: λ of Eq. 17 absorbs the factor 1/ν
     b, b_negative                 B, and the share of images with B < 0
     """
     data, labels = theory_images(train, cfg)
-    anchor = embed(encoder, data, cfg, "anchors")[0][:, 0]
-    mean_view = embed(encoder, data, cfg, "mean views", n=cfg.theory_views)[0][:, 0]
-    bank = embed(encoder, data, cfg, "bank")[0][:, 0]
-    side = theorem_sides(anchor, mean_view, bank, labels, cfg.alpha)
-    printed = torch.zeros_like(side["b"])
+
+    def projections(name, n=1, one_t=False):
+        return embed(encoder, data, cfg, name, n, one_t=one_t)[0][:, 0]  # [N, d], unit length
+
+    anchor = projections("anchors")
+    mean_view = projections("mean views", cfg.theory_views)
+    sides = theorem_sides(anchor, mean_view, projections("bank"), labels, cfg.alpha)
+    printed = torch.zeros_like(sides["b"])
     for k in range(cfg.theory_views):
-        one_t = embed(encoder, data, cfg, f"bank {k + 1}", one_t=True)[0][:, 0]
-        printed += repulsion_bound(anchor, one_t, labels, cfg.alpha) / cfg.theory_views
-    angle = (-side["attract_left"]).clamp(-1, 1).acos().rad2deg()
-    gaps = {"attract": side["attract_right"] - side["attract_left"],
-            "repel": side["repel_right"] - side["repel_left"],
-            "printed": printed / side["nu"] - side["repel_left"]}
-    found = {"angle": angle.mean().item(), "angle_over_90": percent(angle > 90),
-             "nu": side["nu"].min().item(), "b": side["b"].mean().item(),
-             "b_negative": percent(side["b"] < 0)}
+        bank = projections(f"bank {k + 1}", one_t=True)
+        printed += repulsion_bound(anchor, bank, labels, cfg.alpha) / cfg.theory_views
+    angle = (-sides["attract_left"]).clamp(-1, 1).acos().rad2deg()
+    gaps = {"attract": sides["attract_right"] - sides["attract_left"],
+            "repel": sides["repel_right"] - sides["repel_left"],
+            "printed": printed / sides["nu"] - sides["repel_left"]}
+    metrics = {"angle": angle.mean().item(), "angle_over_90": percent(angle > 90),
+               "nu": sides["nu"].min().item(), "b": sides["b"].mean().item(),
+               "b_negative": percent(sides["b"] < 0)}
     for name, gap in gaps.items():
-        found[f"{name}_gap"] = gap.mean().item()
-        found[f"{name}_fails"] = percent(gap < -1e-6)  # more than rounding
-    return found
+        metrics[f"{name}_gap"] = gap.mean().item()
+        metrics[f"{name}_fails"] = percent(gap < -1e-6)  # more than rounding
+    return metrics
 
 
 # ==========================================================================================
@@ -866,7 +882,8 @@ def parse_flags(argv=None):
             if isinstance(rule, list) and len(rule) < 8:
                 meaning += f" {{{', '.join(rule)}}}"
             section.add_argument(as_flag(name), **options, help=meaning + " (default: %(default)s)")
-    first = parser.parse_known_args(argv)[0]  # --dataset and --checkpoint choose the defaults
+    # The first pass finds --dataset and --checkpoint, which choose the defaults; --help shows them.
+    first = parser.parse_known_args(argv)[0]
     saved = load_file(first.checkpoint).get("config", {}) if first.checkpoint else {}
     if first.checkpoint and set(saved) != set(MAKES_WEIGHTS):
         refuse(f"{first.checkpoint} is no checkpoint of this version; --init takes its weights")
@@ -894,7 +911,8 @@ def parse_flags(argv=None):
 
 
 def default_out(cfg):
-    """The data set and what differs from its recipe, or the checkpoint that is evaluated."""
+    """Name of the run directory: the data set, then what differs from its recipe, or the checkpoint
+    that is evaluated."""
     recipe = recipe_of(cfg.dataset)
     words = [cfg.dataset]
     if cfg.dataset == "folder":
@@ -923,8 +941,8 @@ def check_settings(cfg):
                 require_one_of(rule, item, f"{as_flag(name)} {item} is unknown")
             elif rule:
                 comparison, bound = rule.split()
-                above = {">": operator.gt, ">=": operator.ge}[comparison]
-                if not above(item, float(bound)) or item >= 2 ** 63:
+                fits = item >= float(bound) if comparison == ">=" else item > float(bound)
+                if not fits or item >= 2 ** 63:
                     refuse(f"{as_flag(name)} {item} must be {rule} and below 2^63")
     present, processes = set(cfg.augmentations), int(os.environ.get("WORLD_SIZE", 1))
     export = Path(cfg.export)
@@ -971,12 +989,12 @@ def run(cfg):
     check_same_run(cfg)
     encoder = build_encoder(cfg, device)
     train, test = load_data(cfg, device)
-    cfg.images = "".join(digest([data.names, data.labels]) for data in (train, test) if data)
+    cfg.images_digest = "".join(digest([data.names, data.labels]) for data in (train, test) if data)
     bank = train  # what is searched, and what classifiers learn from
     if (train.labels < 0).any() and (train.labels >= 0).any():
         bank = train.select(train.labels >= 0)
     wanted = from_rank_0(lambda: possible_evaluations(cfg, train, bank, test))
-    check_same_run(cfg, cfg.images)
+    check_same_run(cfg, cfg.images_digest)
     start_log(cfg, train, test)
     path = cfg.out / "results.json"
     results = from_rank_0(lambda: json.loads(path.read_text()) if path.exists() else {})
@@ -990,7 +1008,7 @@ def run(cfg):
         pretrain(encoder, train, cfg)
     stage = "trained" if trains or cfg.checkpoint else "untrained"
     features = evaluate(stage, encoder, bank, test, wanted, results, cfg)
-    if not cfg.baseline or not trains:  # of other stages only old figures are there
+    if not cfg.baseline or not trains:  # an earlier call may have left other stages
         results = {stage: results[stage]}
     draw_neighbors(bank, test, results, cfg)
     if cfg.export:
@@ -1002,7 +1020,7 @@ def run(cfg):
 
 
 def possible_evaluations(cfg, train, bank, test):
-    """Those of --eval that the images allow. Refuses what would fail late."""
+    """--eval, or nothing where the images have no labels. Refuses what would fail late."""
     if len(train) < 2:
         refuse("there is only one training image")
     steps = len(train) // cfg.batch_size * cfg.epochs
@@ -1030,13 +1048,13 @@ def percent(mask):
 
 
 def knn_accuracy(features, train, test, cfg):
-    """{figure: top-1 accuracy in %}. features: a function of train or test, [N, d]."""
-    found = {}
+    """{metric: top-1 accuracy in %}. features: a function of train or test, [N, d]."""
+    metrics = {}
     for k in cfg.k:
         predicted = knn_predict(features(train), to_device(train.labels, train.device),
                                 features(test), min(k, len(train)))
-        found[f"knn{k}"] = percent(predicted.cpu() == test.labels)
-    return found
+        metrics[f"knn{k}"] = percent(predicted.cpu() == test.labels)
+    return metrics
 
 
 def linear_accuracy(backbone, features, train, test, cfg):
@@ -1055,7 +1073,7 @@ def evaluate(stage, encoder, bank, test, wanted, results, cfg):
     results: {stage: {evaluation: {"settings": those that its figures depend on, figure: value}}}.
     Returns a function that gives the features of the bank or the test images.
     """
-    weights = from_rank_0(lambda: digest(encoder))
+    weights_digest = from_rank_0(lambda: digest(encoder))
     extracted = {}
 
     def features(data):
@@ -1069,7 +1087,8 @@ def evaluate(stage, encoder, bank, test, wanted, results, cfg):
                "bounds": lambda: measure_bounds(encoder, bank, cfg),
                "neighbors": lambda: find_neighbors(encoder.backbone, extracted, bank, test, cfg)}
     for name in [*wanted, "neighbors"]:
-        settings = {**values_of(cfg, DEPENDS[name]), "weights": weights, "images": cfg.images}
+        settings = values_of(cfg, DEPENDS[name])
+        settings |= {"weights": weights_digest, "images": cfg.images_digest}
         known = results.setdefault(stage, {})
         if known.get(name, {}).get("settings") != settings:
             known[name] = {"settings": settings, **measure[name]()}
@@ -1127,7 +1146,7 @@ class Session:
         self.encoder = dict(encoder.named_children())  # backbone, projector
         self.statistics = list(encoder.buffers())  # of batch norms
         self.optimizer = optimizer
-        self.made_by = {"config": values_of(cfg, MAKES_WEIGHTS), "images": cfg.images}
+        self.made_by = {"config": values_of(cfg, MAKES_WEIGHTS), "images": cfg.images_digest}
         state = resume(cfg.out / "last.pt", self.made_by, **self.encoder, optimizer=optimizer)
         self.first_epoch = state["epoch"]
         self.seconds_before = state.get("seconds", 0.0)
@@ -1161,7 +1180,7 @@ class Session:
             line["above_floor"] = loss - loss_floor(cfg.batch_size, cfg.alpha, cfg.lam)
             floor = f" (floor +{line['above_floor']:.3f})"
         if rank() == 0:
-            with open(cfg.out / "log.jsonl", "a") as log:  # steps after a kill appear twice
+            with open(cfg.out / "log.jsonl", "a") as log:  # after a kill, steps come again
                 log.write(json.dumps(line) + "\n")
         if epoch_ends or steps_here == 1 or now > self.said + 10:
             self.said = now
@@ -1182,13 +1201,14 @@ class Session:
 
 
 def save(path, state, **parts):
-    """A checkpoint: `state`, and what each part holds beside its name."""
+    """Save `state`, and each part's state_dict under its name."""
     state = state | {name: part.state_dict() for name, part in parts.items()}
     save_file(path, lambda file: torch.save(state, file))
 
 
 def resume(path, made_by, **parts):
-    """Load the parts from a checkpoint that holds all of made_by. Returns it, or epoch 0."""
+    """Load the parts from the checkpoint `path` if all of made_by is in it. Returns what it holds,
+    or {"epoch": 0}."""
     state = from_rank_0(lambda: load_file(path) if path.exists() else {})
     if any(state.get(key) != value for key, value in made_by.items()):
         return {"epoch": 0}
@@ -1223,7 +1243,7 @@ def check_same_run(cfg, images=None):
 
 
 def start_log(cfg, train, test):
-    """Say what is about to happen. A line of log.jsonl has what made the weights, and where."""
+    """Say what is about to happen. A line of log.jsonl holds settings, versions and hardware."""
     say(f"{cfg.dataset}, {len(train)} training and {len(test) if test else 'no'} test images; "
         f"{cfg.backbone} on {train.device}, {cfg.precision}, processes: {world_size()}")
     if cfg.epochs and not cfg.checkpoint:
@@ -1235,7 +1255,7 @@ def start_log(cfg, train, test):
     git = subprocess.run("git describe --always --abbrev=40 --dirty", shell=True, text=True,
                          cwd=Path(__file__).resolve().parent, capture_output=True).stdout.strip()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    line = {"config": values_of(cfg, MAKES_WEIGHTS), "images": cfg.images, "argv": sys.argv,
+    line = {"config": values_of(cfg, MAKES_WEIGHTS), "images": cfg.images_digest, "argv": sys.argv,
             "git": git, "processes": world_size(), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "torchvision": torchvision.__version__,
             "hardware": gpus or f"{os.cpu_count()} CPU cores",
@@ -1313,7 +1333,7 @@ def from_rank_0(decide):
 
 def rank_share(n):
     """This rank's rows of n. Two ranks share 5 rows as 0 2 4 and 1 3. A rank left without rows
-    works on the first one, since batches must not be empty; gather_rows drops the result."""
+    repeats the first one, since batches must not be empty; gather_rows drops the result."""
     return slice(rank(), n, world_size()) if rank() < n else slice(1)
 
 
@@ -1356,7 +1376,7 @@ def say(text):
 
 
 def progress(stage, items, total):
-    """Yields the items; says how many are done and the time left, after 3 s, then every 10 s."""
+    """Yields the items; says which share is done and the time left, after 3 s, then every 10 s."""
     started = time.perf_counter()
     due = started + 3
     for done, item in enumerate(items, 1):
@@ -1402,7 +1422,7 @@ def save_file(path, write):
 
 def load_file(path):
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))  # runs no code of it
+        return dict(torch.load(path, map_location="cpu", weights_only=True))  # runs no code in it
     except Exception as error:  # a damaged or foreign file makes the unpickler raise anything
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         refuse(f"cannot read {path} as a checkpoint: {reason}")
@@ -1448,7 +1468,7 @@ with contextlib.suppress(ImportError):  # photographs of iPhones
     from pillow_heif import register_heif_opener
     register_heif_opener()
 Image.MAX_IMAGE_PIXELS = None  # photographs of any size
-LONGEST = 3  # in memory a longer panorama loses its ends: it would enlarge the square of all images
+LONGEST = 3  # in memory a longer panorama loses its ends: all images get the largest one's square
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val",
           "validation": "val", "test": "test", "testing": "test"}
 
@@ -1479,7 +1499,7 @@ def find_photographs(cfg):
                 if name == "val" and "test" in splits:
                     say(f"left out, beside {splits['val']}: {splits['test'].name}")
                 return [train, test]
-            say(f"{splits[name]} has no class folders, so it is not used")
+            say(f"{splits[name]} has no folders of the same classes, so it is not used")
     return hold_out(train)
 
 
@@ -1544,9 +1564,9 @@ def hold_out(files):
     return [files.select(~test), files.select(test)]
 
 
-def read_image(file, pixels=1e12, side=1):
-    """An upright RGB image, reduced to no fewer than this many pixels (of a panorama's middle) and
-    no shorter side than this one. Transparency becomes white.
+def read_image(file, min_pixels=math.inf, min_side=1):
+    """An upright RGB image. Transparency becomes white. A large image is reduced, but to at least
+    min_pixels pixels (of the middle of a panorama) and min_side pixels on the shorter side.
 
     Greys of more than 8 bits are refused: which value is white is not in the file.
     """
@@ -1557,12 +1577,13 @@ def read_image(file, pixels=1e12, side=1):
             width, height = image.size
             shorter = min(width, height)
             longer = min(max(width, height), LONGEST * shorter)
-            factor = max(math.sqrt(pixels / (shorter * longer)), side / shorter)
+            factor = max(math.sqrt(min_pixels / (shorter * longer)), min_side / shorter)
+            factor = min(1, factor)
             # JPEG decodes directly to a half, a quarter or an eighth.
             image.draft("RGB", (math.ceil(width * factor), math.ceil(height * factor)))
             with contextlib.suppress(Exception):  # odd EXIF must not reject a photograph
                 image.getexif()
-                image.info.pop("exif", None)  # which Pillow would write anew
+                image.info.pop("exif", None)  # Pillow would write it anew
                 image = ImageOps.exif_transpose(image)
             if image.mode[-1] in "Aa" or "transparency" in image.info:
                 image = image.convert("RGBA")
@@ -1575,30 +1596,32 @@ def read_image(file, pixels=1e12, side=1):
         refuse(f"cannot read {file} ({type(error).__name__}: {error})")
 
 
-def read_into_memory(files, size, *least):
+def read_into_memory(files, size, min_pixels=math.inf, min_side=1):
     """Images: each file is read once, by threads, since Pillow decodes without Python's lock.
     Unreadable files are left out, unless they are more than a tenth."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each will hold all images
-    limit = math.inf
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = cores() * ranks  # this rank reads, the others wait
+    limit = math.inf  # in bytes: each rank will hold all images
     if hasattr(os, "sysconf"):
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / ranks
-    good, bad, side = {}, [], 1  # good: {row: pixels}
+    good, bad, side = {}, [], 1  # good: {row: pixels}, bad: [reason]
 
     def read(name):
+        """(pixels, None), or (None, why the file cannot be read)."""
         try:
-            image = read_image(files.path(name), *least)
-            longest = LONGEST * min(image.size)
-            return np.array(center_crop(image, [min(image.height, longest),
-                                                min(image.width, longest)]))
+            image = read_image(files.path(name), min_pixels, min_side)
         except UserError as error:
-            return str(error).removeprefix("cannot read ")
+            return None, str(error).removeprefix("cannot read ")
+        longest = LONGEST * min(image.size)
+        middle = center_crop(image, [min(image.height, longest), min(image.width, longest)])
+        return np.array(middle), None
 
     # Closing `arrays` cancels what is not read yet: after Ctrl-C, or if memory is too small.
-    with (ThreadPoolExecutor(cores() * ranks) as pool,  # the other ranks wait
+    with (ThreadPoolExecutor(threads) as pool,
           contextlib.closing(pool.map(read, files.names)) as arrays):
-        for row, image in enumerate(progress("reading images", arrays, len(files))):
-            if isinstance(image, str):
-                bad.append(image)
+        for row, (image, reason) in enumerate(progress("reading images", arrays, len(files))):
+            if reason:
+                bad.append(reason)
                 continue
             good[row] = image
             side = max(side, *image.shape[:2])
@@ -1624,10 +1647,6 @@ class ImageFiles(Images):
     def __init__(self, labels, names, classes, cfg):
         super().__init__(None, None, labels, names, classes, cfg.size)
         self.cfg = cfg
-
-    def select(self, rows):
-        chosen = ImageFiles(self.labels[rows], self.names[rows.numpy()], self.classes, self.cfg)
-        return chosen.to(self.device)
 
     def path(self, name):
         return os.path.join(self.cfg.data, name)
@@ -1665,8 +1684,16 @@ class ImageFiles(Images):
 # ----------------------------------------- data sets --------------------------------------
 def load_data(cfg, device):
     """Training images, and test images or None, of cfg.dataset in cfg.data. Rank 0 reads them."""
-    train, *test = [data.to(device) for data in from_rank_0(lambda: read_data(cfg))]
-    return train, test[0] if test else None
+    splits = from_rank_0(lambda: read_data(cfg))
+    for data in splits:
+        data.to(device)
+        if world_size() > 1 and not isinstance(data, ImageFiles):
+            if rank() > 0:
+                sides = len(data), 3, data.shapes.max(), data.shapes.max()
+                data.pixels = torch.empty(sides, dtype=torch.uint8, device=device)
+            dist.broadcast(data.pixels, 0)
+    train, test = [*splits, None][:2]
+    return train, test
 
 
 def read_data(cfg):
@@ -1915,7 +1942,7 @@ def main(argv=None):
         if not no_memory and getattr(error, "errno", None) not in user_errnos:
             raise  # a bug
         stop = error
-    # Before the ranks have joined, all of them fail alike.
+    # Before the ranks have joined, all meet the same error: one of them says it.
     if world_size() > 1 or os.environ.get("LOCAL_RANK", "0") == "0":
         sentence = " ".join(str(stop).split()) or "not enough memory"
         print("balcon:", sentence, file=sys.stderr, flush=True)

@@ -109,8 +109,8 @@ def few_shot(features, labels, queries, answers, shots, draws, seed, l2=1e-3):
 
 
 # ------------------------------------------ bias with its error ------------------------------
-def mean_length_error(gaps):
-    """Standard error of balcon.mean_length(gaps), gaps [N, 2, d], by the delta method."""
+def mean_norm_error(gaps):
+    """Standard error of balcon.mean_norm(gaps), gaps [N, 2, d], by the delta method."""
     whole = gaps.mean(1).norm(dim=1)  # [N]
     half = gaps.norm(dim=2).mean(1)  # [N]
     square = 2 * whole.mean() ** 2 - half.mean() ** 2
@@ -121,7 +121,7 @@ def mean_length_error(gaps):
 
 def eq16_error(halves, labels):
     """Standard error of balcon.eq16(halves, labels)."""
-    return mean_length_error(balcon.class_means(halves, labels)[labels] - halves)
+    return mean_norm_error(balcon.class_means(halves, labels)[labels] - halves)
 
 
 # ------------------------------------------ measure ------------------------------------------
