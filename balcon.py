@@ -101,8 +101,7 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
     if m * ranks < 2:
         raise ValueError("one image has no negatives: the batch must hold at least two")
 
-    device_type = "cpu" if z1.is_meta else z1.device.type  # autocast knows no meta device
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast("cpu" if z1.is_meta else z1.device.type, enabled=False):  # meta has none
         dtype = torch.promote_types(z1.dtype, torch.float32)
         z = [z1.to(dtype), z2.to(dtype)]
         if similarity == "cosine":
@@ -115,12 +114,11 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
             parts[own_rank] = z  # my rows keep their graph; the others have none
             candidates = torch.cat(parts)  # [R · 2m, d]
 
-            def sum_over_ranks(gradient):
+            def sum_over_ranks(gradient):  # every rank's loss depends on my rows
                 gradient = gradient.clone()
                 dist.all_reduce(gradient)
                 return gradient
 
-            # Every rank's loss depends on my rows, so my rows need the sum of all ranks' gradients.
             if z.requires_grad:
                 candidates.register_hook(sum_over_ranks)
         s = z @ candidates.T  # [2m, R · 2m]
