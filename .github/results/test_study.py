@@ -641,8 +641,14 @@ def test_the_pairs_follow_the_search(with_rows, monkeypatch):
     assert found["A2b/DCL/interval"].startswith("−1.00 [") and found["A2b/DCL/verdict"] == "worse"
     assert found["A3/difference"].startswith("balanced (8, 2) over SimCLR at τ = 1/16: 0.10 [")
     assert found["A3/verdict"] == "level" and found["A3/n"] == "3, 3"
-    assert found["A3b/verdict"] == "worse" and len(page.stage_rows("A3")) == 3
     assert ["DCL", "1/64", "1", "4", "66.00"] in [cells[:5] for cells in page.first_rows()]
+    assert found["A3b/verdict"] == "worse" and len(page.stage_rows("A3")) == 3
+    cold = lane_rows("A2b", 4, balanced_64_1=("1.6", [59.0] * 6))  # below DCL at 1/8
+    with_rows(PLANNED, TWO, WIDER, SECOND, *ended, cold)
+    found = page.pair_figures()
+    assert found["A2b/DCL/difference"].startswith("balanced (8, 2) over DCL at τ = 1/64: 6.00 [")
+    assert found["strongest/difference"].startswith("balanced (8, 2) over DCL at τ = 1/8: 5.00 [")
+    assert found["DCL/difference"].startswith("DCL at τ = 1/8 over SimCLR at τ = 1/16: −1.00 [")
 
 
 def test_what_was_noticed_is_confirmed_by_new_seeds_alone(with_rows):
