@@ -172,7 +172,7 @@ Views = namedtuple("Views", "names size crop_scale")
 class Draw(namedtuple("Draw", "key views_in_batch rows")):
     """The random numbers that make t ~ T for the views `rows` of a batch of `views_in_batch`.
 
-    They depend only on the key (seed, purpose and step), their name and a view's place in the
+    They depend only on the key (seed, purpose and step), a name and the view's place in the
     batch. So the same key gives the same t to other images (Eq. 51), and since each rank draws for
     the whole batch and takes its own rows, 1, 2 or 8 processes see the same views.
     """
