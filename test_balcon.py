@@ -165,6 +165,14 @@ def test_ntxent_is_cross_entropy_and_a_regular_simplex_has_the_least_balanced_lo
         assert balanced_contrastive_loss(*near, alpha, lam) > least
 
 
+def test_a_gpus_autocast_is_off_in_the_loss(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", Mock(wraps=torch.autocast))
+    with torch._subclasses.FakeTensorMode():
+        z = torch.empty(2, 4, 3, device="cuda")
+        balanced_contrastive_loss(*z, 2, 1)
+    assert torch.autocast.call_args.args[0] == "cuda"
+
+
 def test_losses_refuse_nonsense():
     z = torch.ones(4, 3)
     for z1, z2, *arguments in (
@@ -427,6 +435,21 @@ def test_one_t_is_that_of_all_images_and_steps_but_of_one_key_only():
     assert len(first.unique(dim=0)) == 1 and not torch.equal(first, other)
 
 
+def test_images_on_disk_stay_there_and_pixels_are_not_pickled(tmp_path, pretend_ranks, monkeypatch):
+    put_images(tmp_path, "train/a/1.png  train/b/2.png  val/a/3.png  val/b/4.png")
+    pretend_ranks(0, 2)
+    monkeypatch.setattr(balcon, "from_rank_0", lambda decide: decide())
+    assert loaded(tmp_path, dataset="imagenet")[0].pixels is None
+    assert pictures(4).__getstate__()["pixels"] is None
+
+
+def test_views_are_made_on_the_device_of_their_images():
+    data = pictures(4, 32).to(torch.device("meta"))
+    names = [name for name in PROBABILITIES if name != "gaussian_noise"]
+    (_, x), = data.batches([(0, torch.arange(4))], balcon.Views(names, 16, (0.2, 1)), 2, ("key",))
+    assert x.is_meta
+
+
 def test_a_selection_stays_on_the_device_of_its_images():
     for data in (file_images(["a.png", "b.png"], 8), pictures(4)):
         assert data.to(torch.device("meta")).select(torch.tensor([0])).device.type == "meta"
@@ -468,7 +491,7 @@ def test_recipes_are_the_papers_or_ours(dataset):  # A.3.1, A.4.1, A.4.2
         "color_jitter grayscale flip random_cutout gaussian_noise"}.items())
 def test_drop_leaves_out_both_parts_of_color_distortion_and_add_appends(flags, names):
     cfg = balcon.parse_flags(f"--dataset imagenet {flags}".split())
-    assert cfg.views.names == names.split()
+    assert cfg.views == (names.split(), 224, [0.2, 1.0])
 
 
 @pytest.mark.parametrize("gpu, precision", [("new", "bfloat16"), ("old", "float32")])
@@ -546,6 +569,13 @@ def test_photographs_come_out_upright_whatever_else_their_exif_holds(orientation
     assert abs(small - ramps().reshape(20, 2, 15, 2, 3).mean((1, 3))).max() < 9
 
 
+def test_large_images_are_reduced_without_aliasing(tmp_path):
+    columns = (np.arange(60) % 2 * 255).astype(np.uint8)
+    Image.fromarray(np.tile(columns, (80, 1))).save(tmp_path / "a.png")
+    small = np.asarray(balcon.read_image(tmp_path / "a.png", 1200), int)
+    assert small.shape == (40, 30, 3) and abs(small[:, 1:-1] - 127).max() < 40
+
+
 def test_threads_deliver_batches_in_order(tmp_path):
     put_images(tmp_path, "  ".join(f"{i:02}.png" for i in range(24)))
     order = list(enumerate(torch.arange(24).split(2)))
@@ -577,6 +607,8 @@ def test_a_panorama_loses_its_ends_and_does_not_enlarge_the_memory_of_all(tmp_pa
     train, _ = loaded(tmp_path, "--size", "32")
     assert train.pixels.shape[-1] == 90 and train.shapes.tolist() == [[90, 30], [30, 40]]
     assert_close(train.pixels[0, :, :, 0].float().mean(1), torch.full((3,), 127.5), 2)
+    (_, x), = train.batches([(0, torch.arange(2))])
+    assert x.shape[2:] == (32, 32)
 
 
 def test_unreadable_files_are_left_out_and_named_up_to_a_tenth(tmp_path, capsys):
@@ -673,11 +705,13 @@ def test_links_directories_hidden_files_and_runs_are_no_photographs(tmp_path, ca
         (tmp_path / run / "log.jsonl").write_text("{}")
     (tmp_path / "a/up").symlink_to("..", target_is_directory=True)
     (tmp_path / "b/itself").symlink_to(".", target_is_directory=True)
-    expected = ["a/1.png", "a/2.png", "a/x.png/@eaDir/7.png", "b/3.png"]
+    put_images(tmp_path, ".hidden/8.png")
+    (tmp_path / "b/link").symlink_to("../.hidden", target_is_directory=True)
+    expected = ["a/1.png", "a/2.png", "a/x.png/@eaDir/7.png", "b/3.png", "b/link/8.png"]
     if ".heic" in Image.registered_extensions():  # pillow-heif is installed
         expected = sorted([*expected, "a/IMG_4.HEIC", "b/IMG_5.heic"])
     assert balcon.list_images(tmp_path) == expected
-    assert len(expected) == 6 or "2 .heic" in capsys.readouterr().out
+    assert len(expected) == 7 or "2 .heic" in capsys.readouterr().out
 
 
 def test_too_many_photographs_for_memory_name_the_data_set_that_streams(tmp_path, monkeypatch):
@@ -711,6 +745,7 @@ class TorchvisionData:
     """CIFAR or STL-10 of four images a split; the splits differ."""
 
     def __init__(self, root, part, download):
+        assert download
         seed = {True: 1, False: 2, "train+unlabeled": 1, "test": 2}[part]
         self.data = np.random.default_rng(seed).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
         self.labels = self.targets = np.array([0, 1, -1 if seed == 1 else 1, 0])
@@ -782,7 +817,8 @@ def test_backbones_are_torchvisions_and_init_takes_the_weights_that_fit(name, bl
                  ("backbone.", "model.backbone.", "")]  # lightly
     more = {"projection_head.0.weight": torch.zeros(3, 3), "queue": torch.zeros(2)}
     own = {"backbone": given.state_dict(), "projector": {}, "epoch": 3}
-    for content in (weights, own, *({"state_dict": state | more} for state in prefixed)):
+    for content in (weights, own, {"model": weights},
+                    *({"state_dict": state | more} for state in prefixed)):
         backbone = built_from(content, tmp_path, "--backbone", name)
         assert str(backbone) == str(given)
         assert_close(backbone.eval()(x), given.eval()(x))
@@ -792,6 +828,13 @@ def test_backbones_are_torchvisions_and_init_takes_the_weights_that_fit(name, bl
     with pytest.raises(balcon.UserError, match="most of its weights do not fit"):
         # Some of its batch norms have the same shapes.
         built_from(weights, tmp_path, "--backbone", "resnet50")
+
+
+def test_a_checkpoint_of_a_gpu_is_read_without_one(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
+    assert balcon.load_file(tmp_path / "a.pt")["a"].device.type == "cpu"
 
 
 @pytest.mark.parametrize("flag", ["--init", "--checkpoint"])
@@ -855,6 +898,7 @@ def settings(**changes):
 def test_knn_is_a_majority_vote_by_cosine_and_ties_go_to_the_nearest():
     g = generator(0)
     bank = torch.randn(41, 4, generator=g) * 10 ** torch.randn(41, 1, generator=g)
+    bank[7] = 0
     labels, queries = torch.randint(5, [41], generator=g), torch.randn(300, 4, generator=g)
     near = [F.cosine_similarity(bank, query[None]).argsort(descending=True) for query in queries]
     for k in range(1, 42):
@@ -863,7 +907,9 @@ def test_knn_is_a_majority_vote_by_cosine_and_ties_go_to_the_nearest():
         assert balcon.knn_predict(bank, labels, queries, k).tolist() == expected
 
 
-def test_linear_predict_finds_the_minimum_of_its_objective_whatever_the_scale_of_an_image():
+def test_linear_predict_finds_the_minimum_of_its_objective_whatever_the_scale_of_an_image(
+        monkeypatch):
+    monkeypatch.setattr(torch.optim, "LBFGS", Mock(wraps=torch.optim.LBFGS))
     g, labels = generator(0), torch.arange(90) % 3
     bank = torch.eye(3, 4)[labels] + torch.randn(90, 4, generator=g) + 1
     queries = torch.randn(3000, 4, generator=g) + 1
@@ -875,8 +921,10 @@ def test_linear_predict_finds_the_minimum_of_its_objective_whatever_the_scale_of
         w = w - (error.T @ x / 90 + 0.1 * w)
         b = b - error.mean(0)
     for scale in (1, torch.rand(90, 1, generator=g) + 0.1):
-        got = balcon.linear_predict(scale * bank, labels, 3 * queries, 0.1)
+        seen, asked = F.pad(scale * bank, [0, 1]), F.pad(3 * queries, [0, 1])  # a dead feature
+        got = balcon.linear_predict(seen, labels, asked, 0.1)
         assert (got != (q @ w.T + b).argmax(1)).sum() <= 3  # on the border of two classes
+    assert torch.optim.LBFGS.call_args.kwargs["max_iter"] >= 100  # for hundreds of features
 
 
 def crops_classifier(out, patience=None, moved=0.0, **flags):
@@ -886,6 +934,7 @@ def crops_classifier(out, patience=None, moved=0.0, **flags):
     cfg = settings(out=out, **{"seed": 5} | flags)
     classifier = balcon.train_on_crops(encoder.backbone, 192, pictures(19, 8), cfg)
     (out / "classifier.pt").unlink()  # else the next call would find it finished
+    assert all(weight.grad is None for weight in encoder.parameters())
     return classifier, encoder.seen
 
 
@@ -917,6 +966,8 @@ def test_crops_classifier_is_a_softmax_regression_by_sgd_or_lars_on_fresh_crops_
             weights[i] = (weights[i] - rate * velocity[i]).detach().requires_grad_()
     assert_close(got.weight, weights[0], 1e-4)
     assert_close(got.bias, weights[1], 1e-4)
+    whole, more = (crops_classifier(tmp_path, probe_batch=n)[0] for n in (19, 99))
+    assert_close(more.weight, whole.weight)  # the rate is that of 19 images
 
 
 def test_lars_survives_a_gradient_of_zero():
@@ -952,6 +1003,12 @@ def evaluated(folder):
     return figures, results["trained"]["neighbors"]["rows"], features(train), features(test)
 
 
+def test_the_classifier_on_features_has_the_penalty_named(monkeypatch):
+    monkeypatch.setattr(balcon, "linear_predict", lambda *_: torch.full([9], _[-1]))
+    found = balcon.linear_accuracy(None, plain, pictures(9), pictures(9), settings(probe_l2=2.0))
+    assert found["linear"] == pytest.approx(100 / 3)  # of three classes, the third
+
+
 def test_evaluation_is_in_eval_mode_and_counts_each_image_once_on_two_ranks(tmp_path, two_ranks):
     train, test = pictures(19), pictures(60, seed=1)
     one, rows, *features = evaluated(tmp_path)
@@ -961,6 +1018,7 @@ def test_evaluation_is_in_eval_mode_and_counts_each_image_once_on_two_ranks(tmp_
     votes = train.labels[similar.topk(5).indices].tolist()
     predicted = torch.tensor([max(vote, key=vote.count) for vote in votes])
     assert one["knn5"] == 100 * (predicted == test.labels).double().mean()
+    assert one["eq51"] == pytest.approx(balcon.measure_bias(stub(), train, settings())["eq51"])
     assert 40 < one["linear"] < 100 and one["crops"] != one["linear"]  # two kinds of classifier
     for results in two_ranks:
         figures, its_rows, *its_features = results["evaluated"]
@@ -1081,6 +1139,7 @@ def test_bias_has_one_t_for_two_images_of_a_class_and_every_image_its_own_mean_v
 
 
 def test_random_pairs_are_of_all_classes_and_collapse_is_measured(monkeypatch):
+    assert balcon.mean_norm(torch.tensor([[[1.0], [-1.0]]])) == 0  # less than its noise
     encoder = stub()
     nn.init.zeros_(encoder.projector[0].weight)
     found = balcon.measure_bias(encoder, pictures(12), settings())
@@ -1385,7 +1444,7 @@ def test_a_loss_that_is_not_finite_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_autocast_is_on_for_bfloat16_and_off_for_float32(precision, tmp_path):
+def test_autocast_is_on_for_bfloat16_and_off_for_float32(precision, tmp_path, monkeypatch):
     cfg = tiny_settings(tmp_path, "--precision", precision, "--epochs", "1")
     encoder, images = TinyEncoder(True), pictures(6)
     balcon.pretrain(encoder, TINY_IMAGES, cfg)
@@ -1398,6 +1457,9 @@ def test_autocast_is_on_for_bfloat16_and_off_for_float32(precision, tmp_path):
     assert_close(features, exact.to(getattr(torch, precision)).float(), 1e-6)
     # The classifier itself is trained in float32, on such features.
     balcon.train_on_crops(linear, 12, images, settings(out=tmp_path, precision=precision))
+    monkeypatch.setattr(torch, "autocast", Mock())
+    balcon.autocast(torch.device("cuda"), cfg)
+    assert torch.autocast.call_args.args[0] == "cuda"
 
 
 @pytest.mark.parametrize("device, kinds", [
@@ -1638,6 +1700,8 @@ def test_a_checkpoints_limit_and_subset_do_not_apply_to_another_data_set(tmp_pat
     other = balcon.parse_flags([*flags, "--dataset", "cifar100"])
     assert (other.dataset, other.limit, other.subset, other.lr) == ("cifar100", 0, "full", 0.3)
     assert balcon.parse_flags([*flags, "--limit", "5"]).limit == 5
+    (tmp_path / "a.pt").rename(tmp_path / "b.pt")
+    assert balcon.parse_flags(["--checkpoint", str(tmp_path / "b.pt")]).out != own.out
 
 
 def test_a_checkpoint_is_evaluated_as_it_is_also_one_that_began_with_init(
@@ -1665,10 +1729,12 @@ def test_unlabelled_images_train_and_are_shown_but_do_not_vote_and_old_figures_a
     monkeypatch.setattr(balcon, "pretrain", lambda encoder, train, cfg: seen.append(len(train)))
     flags = f"--backbone resnet8 --size 16 --export x.npz --out {tmp_path} --epochs".split()
     stl10 = "--dataset stl10 --k 9 --eval knn linear --probe features --no-baseline".split()
-    assert "top-1" in run_here(*stl10, *flags, 0)
+    screen = run_here(*stl10, *flags, 0)
+    assert "top-1" in screen and "  untrained\n" in screen
     assert np.load("x.npz")["train_labels"].tolist() == [0, 1, 0]  # of four
     screen = run_here(*stl10, "--batch-size", 2, *flags, 1)
     assert seen == [4] and "  trained\n" in screen and "untrained" not in screen
+    run_here(*stl10, "--baseline", "--probe-l2", 1, "--batch-size", 2, *flags, 1)
     (tmp_path / "neighbors.png").unlink()
     screen = run_here("--dataset", "folder", "--data", "flat", *flags, 0)
     assert "without labels" in screen and "top-1" not in screen
@@ -1715,6 +1781,7 @@ def test_the_table_names_its_figures(tmp_path, capsys):
 # ----------------------------------------- bad input --------------------------------------
 BAD = {  # words, after NAME=value for the environment: what the sentence names
     "--loss softmax": "--loss softmax", "--loss simclr": "ntxent with --lam 1",
+    "--loss dcl": "balanced with --lam 1", "--checkpoint newer/last.pt": "of this version",
     "--lambda 4": "--lam", "--lambda=4": "--lam", "--alpah 4": "did you mean --alpha",
     "--datset cifar10": "did you mean --dataset", "--limit 5 --subset text.jsonl": "exclude",
     "--temperature=0.5": "1 / temperature", "--init resnet18": "--init resnet18 is not a file",
@@ -1773,7 +1840,8 @@ def test_each_rank_has_its_own_gpu_which_computes_float32_as_float32(monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: calls.append(backend))
+    monkeypatch.setattr(dist, "init_process_group", lambda *backend_and, timeout: calls.append(
+        (*backend_and, timeout.total_seconds() > 3600)))
     for name in ("benchmark", "allow_tf32"):
         monkeypatch.setattr(torch.backends.cudnn, name, True)
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -1781,7 +1849,8 @@ def test_each_rank_has_its_own_gpu_which_computes_float32_as_float32(monkeypatch
     monkeypatch.setenv("LOCAL_RANK", "5")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert balcon.start_processes() == torch.device("cuda", 5)
-    assert calls == [torch.device("cuda", 5), "nccl"] and not torch.backends.cudnn.allow_tf32
+    assert calls == [torch.device("cuda", 5), ("nccl", True)]
+    assert not torch.backends.cudnn.allow_tf32
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
     with pytest.raises(balcon.UserError, match="9 processes, but there are 8 GPUs"):
         balcon.start_processes()
