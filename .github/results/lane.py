@@ -118,14 +118,14 @@ def plan(rows):
             runs += more
             break
         best = finalists(methods_until(stage), rows)
-        decoupled = best["balanced", True]
-        runs += second_seeds([best["balanced", False], decoupled], {run["id"] for run in runs})
+        winners = [best["balanced", False], best["balanced", True]]
+        runs += second_seeds(winners, {run["id"] for run in runs})
     twenty = [run_of("A3", *pair, seed, 20) for seed in range(3) for pair in final]
     twenty[1]["argv"] += " --save-every 2"  # for Fig. 6
     b = [run_of("B", (loss, 8, 4), rate, 0, 20, " --save-every 2")
          for rate in (0.4, 0.2) for loss in ("ntxent", "balanced")]
-    runs += twenty[:2] + b + twenty[2:]
-    runs += [run_of("A3b", *decoupled, seed, 20) for seed in range(3)]
+    third = [run_of("A3b", *decoupled, seed, 20) for seed in range(3)]
+    runs += twenty[:2] + third[:1] + twenty[2:] + third[1:] + b
     return [run for run in runs if run["id"] not in rows]
 
 

@@ -399,7 +399,7 @@ def pairs():
     """The comparisons of question A: {name: (row, row)}, as far as both have their seeds."""
     first, best = tested("A1"), tested()
     twenty = rows_with_seeds(best_of_search("A1b"), ("A3",), 3, 20)
-    decoupled = rows_with_seeds(best_of_search("A1d"), ("A3b",), 3, 20)
+    decoupled = rows_with_seeds(best_of_search("A1b"), ("A3b",), 3, 20)
     found = {"A2": (first.get("balanced"), first.get("SimCLR")),
              "A2b": (best.get("balanced"), best.get("SimCLR")),
              "A2b/DCL": (best.get("balanced"), best.get("DCL")),
