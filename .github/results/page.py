@@ -434,8 +434,8 @@ def pair_figures():
 
 def new_seeds():
     """What was noticed in A2, by new seeds alone: DCL over A2's finalists. The SD is pooled over
-    these seeds of all rows of A2 and A2b that have them."""
-    runs = [run for run in select(stage="A2") + select(stage="A2b") if run["seed"] in NEW]
+    these seeds of the rows of A2."""
+    runs = [run for run in select(stage="A2") if run["seed"] in NEW]
     rows = {name: [run["linear"] for run in own] for (name,), own in by(runs, "row").items()}
     found, first = {}, tested("A1b")
     for kind in ("balanced", "SimCLR"):
@@ -473,7 +473,7 @@ def question_figures():
     for alpha, borrowed in ((2, 1.6), (8, 0.4)):  # by the search, over the older rows' rate
         known = lane.rates_of(("ntxent", alpha, 1), searched)
         found[f"gain/{alpha}"] = number(max(known.values()) - known[borrowed])
-    for alpha in (4, 8):
+    for alpha in (4, 8, 16):
         found[f"lam/{alpha}"] = number(best("balanced", alpha, 2) - best("balanced", alpha, 1))
     return found | pair_figures() | new_seeds() | {"A2/as planned": as_planned()}
 

@@ -659,7 +659,7 @@ def test_what_was_noticed_is_confirmed_by_new_seeds_alone(with_rows):
     colder = searched("A1c", {("balanced", 32, 1): 70})
     with_rows(PLANNED, two, wider, colder,
               lane_rows("A2b", 4, balanced_32_1=("0.4", [90, 90, 90, 99, 98, 97])))
-    half = page.t_quantile(8) * math.sqrt((2 + 0 + 2 + 2) / 8) * math.sqrt(1 / 3 + 1 / 3)
+    half = page.t_quantile(6) * math.sqrt((2 + 0 + 2) / 6) * math.sqrt(1 / 3 + 1 / 3)
     found = page.new_seeds()
     assert found["new/SimCLR"] == f"2.00 [{2 - half:.2f}, {2 + half:.2f}]"
     assert found["new/SimCLR/verdict"] == "better" and found["new/balanced"].startswith("2.50 [")
