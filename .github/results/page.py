@@ -473,6 +473,7 @@ def question_figures():
     for alpha, borrowed in ((2, 1.6), (8, 0.4)):  # by the search, over the older rows' rate
         known = lane.rates_of(("ntxent", alpha, 1), searched)
         found[f"gain/{alpha}"] = number(max(known.values()) - known[borrowed])
+    found["ahead/16-2"] = number(best("balanced", 16, 2) - best("balanced", 8, 2))
     for alpha in (4, 8, 16):
         found[f"lam/{alpha}"] = number(best("balanced", alpha, 2) - best("balanced", alpha, 1))
     return found | pair_figures() | new_seeds() | {"A2/as planned": as_planned()}
