@@ -3,6 +3,7 @@
 
 `pytest` needs no network and no data. Each test's name is what it claims.
 """
+import contextlib
 import errno
 import inspect
 import itertools
@@ -167,7 +168,8 @@ def test_ntxent_is_cross_entropy_and_a_regular_simplex_has_the_least_balanced_lo
 
 def test_a_gpus_autocast_is_off_in_the_loss(monkeypatch):
     monkeypatch.setattr(torch, "autocast", Mock(wraps=torch.autocast))
-    with torch._subclasses.FakeTensorMode():
+    # torch 2.5 asks the driver even about fake tensors, but after autocast.
+    with torch._subclasses.FakeTensorMode(), contextlib.suppress(RuntimeError):
         z = torch.empty(2, 4, 3, device="cuda")
         balanced_contrastive_loss(*z, 2, 1)
     assert torch.autocast.call_args.args[0] == "cuda"
