@@ -369,7 +369,7 @@ class Images:
     def __len__(self):
         return len(self.labels)
 
-    def __getstate__(self):  # what other ranks get; load_data sends the pixels as a tensor
+    def __getstate__(self):  # for other ranks, whose pixels load_data sends, and for copies
         return {**vars(self), "pixels": None}
 
     def to(self, device):
