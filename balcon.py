@@ -15,7 +15,7 @@ Objectives" (TMLR 2025, arXiv 2510.10572). Equation, table and section numbers a
         The paper's ImageNet recipe, for eight GPUs. The paper reports 67.4 % (linear).
 
 Letters, as in the paper:
-    m, d    images in the batch, dimensions of a projection; two views of each image make 2m views
+    m, d    images in the batch (within a loss: those of this process), dimensions of a projection
     z       projection of a view; z⁺ of the other view of its image, z⁻ of a view of another image
     s       similarity of two projections: cosine, unless --similarity says otherwise
     α       sharpness of the softmax over negatives, the inverse of the temperature τ
@@ -45,6 +45,7 @@ import sys
 import time
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -55,14 +56,14 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
-from torchvision.transforms.v2.functional import (center_crop, pil_to_tensor, resized_crop,
-                                                  rgb_to_grayscale)
+from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop, rgb_to_grayscale
 
 
 # ==========================================================================================
 # Part 1: the method. From the loss to an evaluated encoder. Of part 3 it uses `rng`, a random
-# generator made from a key; `to_device`; `rank_share` and `gather_rows`, by which processes divide
-# work and join its results; `Session`, which logs, saves and resumes; `progress`, the time left.
+# generator made from a key; `to_device`; `rank_share`, `gather_rows` and `distribute`, by which
+# processes divide work and join its results; `progress`, the time left; `Session`, which logs,
+# saves and resumes pretraining, `save` and `resume`, which do so for the classifier.
 # ==========================================================================================
 
 # ----------------------------------------- losses -----------------------------------------
@@ -81,7 +82,7 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
     anchors are their views; the 2(Rm−1) negatives come from all ranks. DDP's averaged gradient is
     that of one process with the whole batch. With all_ranks=False each rank computes alone.
 
-    The usual form, a cross-entropy of logits α s, is α times this one, and so is its gradient:
+    SimCLR's form, a cross-entropy of logits α s, is α times this scale, and so is its gradient:
     multiply an SGD learning rate from the SimCLR literature by α, and divide its decay by α.
 
     With repel_positive=True this is generalized_nt_xent_loss. Raises ValueError for shapes other
@@ -129,11 +130,8 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
         itself = 2 * m * own_rank + row  # [2m]: the column of each anchor
         other_view = itself.roll(m)  # [2m]: the column of its positive
         attract = -s[row, other_view]  # [2m]
-        logits = alpha * s
-        with torch.no_grad():  # exp(−∞) is 0: out of the sum, without a gradient
-            logits[row, itself] = -math.inf
-            if not repel_positive:
-                logits[row, other_view] = -math.inf
+        left_out = [itself] if repel_positive else [itself, other_view]
+        logits = (alpha * s).scatter(1, torch.stack(left_out, 1), -math.inf)  # exp(−∞) is 0
         repel = logits.logsumexp(1) / alpha
         return (attract + lam * repel).mean()
 
@@ -210,7 +208,7 @@ def random_crop_boxes(t, shape, scale):
 
 
 def central_boxes(shape):
-    """[n, 4]: the central square of 7/8 of the shorter side, as Resize(8/7 S) and CenterCrop(S)."""
+    """[n, 4]: the central square of 7/8 of the shorter side, as Resize(256) and CenterCrop(224)."""
     side = (0.875 * shape.amin(1, keepdim=True)).round().clamp(min=1)  # [n, 1]
     corner = ((shape - side) / 2).floor()
     return torch.cat([corner, side, side], 1).long()
@@ -265,7 +263,7 @@ def color_jitter(x, t):
 
 
 def turn_hue(x, turn):
-    """x: [n, 3, H, W]; turn: [n, 1, 1, 1], in turns of the colour circle, at most a third.
+    """x: [n, 3, H, W]; turn: [n, 1, 1, 1], in turns of the colour circle.
 
     Hue (as in HSV) runs from 0 to 6 around the circle: red is 0, green 2, blue 4. The brightest
     channel tells which of these is nearest, the difference of the other two how far away it is.
@@ -273,14 +271,13 @@ def turn_hue(x, turn):
     red, green, blue = x.split(1, 1)
     value, lowest = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = value - lowest
-    # The weight in lerp is 0 where green, then red, is brightest, else 1: a faster torch.where.
-    hue = (blue - red + 2 * chroma).lerp(red - green + 4 * chroma, (value - green).sign())
-    hue = (green - blue).lerp(hue, (value - red).sign()) / chroma.clamp(min=1e-12)
+    hue = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    hue = torch.where(value == red, green - blue, hue) / chroma.clamp(min=1e-12)
     # Back to RGB: a channel is brightest up to a distance of 1 from its own hue, darkest from 2 on.
-    # On the circle the distance is 3 − |difference − 3|: 1 for 5, and below 0, so brightest, for 7.
     own_hue = torch.arange(0, 6, 2, device=x.device)[:, None, None]
-    difference = (hue + (6 * turn - own_hue)).abs()  # [n, 3, H, W]
-    return value.lerp(lowest, (2 - (difference - 3).abs()).clamp_(0, 1))
+    distance = ((hue + 6 * turn) % 6 - own_hue).abs()  # [n, 3, H, W]
+    distance = distance.minimum(6 - distance)  # the shorter way around the circle
+    return value.lerp(lowest, (distance - 1).clamp_(0, 1))
 
 
 def gaussian_blur(x, t):
@@ -335,6 +332,7 @@ AUGMENTATIONS = {  # name: (the function, the probability that it is applied to 
     "gaussian_noise": (gaussian_noise, 0.5),
 }
 
+
 def augment(x, t, names):
     """x: [n, 3, S, S] in [0, 1], changed in place by the augmentations of these names, in order."""
     for name in names:
@@ -347,29 +345,22 @@ def augment(x, t, names):
 
 
 # ----------------------------------------- images -----------------------------------------
+@dataclass(eq=False)
 class Images:
-    """N images in memory: pixels uint8 [N, 3, S, S] on the device. An image that is not S × S
-    lies in the upper left corner.
-
-    shapes: [N, 2], height and width; labels: [N], −1 if unknown; names: [N]. On the CPU.
-    Without views an image's central square is resized to `size`; if that is None, the image stays
-    as it is.
-    """
+    """N images in memory. One that is not S × S lies in the upper left corner. Without views an
+    image's central square is resized to `size`; if that is None, the image stays as it is."""
+    pixels: torch.Tensor  # uint8 [N, 3, S, S] on the device; all else is on the CPU
+    shapes: torch.Tensor  # [N, 2], height and width
+    labels: torch.Tensor  # [N], −1 if unknown
+    names: np.ndarray  # [N], of files
+    classes: list  # names of the labels
+    size: int | None = None
     device = torch.device("cpu")
-
-    def __init__(self, pixels, shapes, labels, names, classes, size=None, unreadable=()):
-        self.pixels = pixels
-        self.shapes = shapes
-        self.labels = labels
-        self.names = names
-        self.classes = classes
-        self.size = size
-        self.unreadable = unreadable  # files that were left out
 
     def __len__(self):
         return len(self.labels)
 
-    def __getstate__(self):  # for other ranks, whose pixels load_data sends, and for copies
+    def __getstate__(self):  # for other ranks: load_data sends them the pixels
         return {**vars(self), "pixels": None}
 
     def to(self, device):
@@ -379,6 +370,7 @@ class Images:
         return self
 
     def select(self, rows):
+        """The images of these rows: numbers, or a mask."""
         chosen = copy.copy(self)
         chosen.labels, chosen.names = self.labels[rows], self.names[rows.numpy()]
         if self.pixels is not None:
@@ -479,8 +471,8 @@ def pretrain(encoder, train, cfg):
     model = distribute(encoder, train.device).train()
     for epoch in range(session.first_epoch, cfg.epochs):
         order = torch.randperm(len(train), generator=rng(cfg.seed, "order", epoch))
-        batches = enumerate(order[:m * per_epoch].split(m), epoch * per_epoch)
-        for step, x in train.batches(batches, cfg.views, n=2, key=(cfg.seed, "views")):
+        plan = enumerate(order[:m * per_epoch].split(m), epoch * per_epoch)
+        for step, x in train.batches(plan, cfg.views, n=2, key=(cfg.seed, "views")):
             lr = cosine_lr(cfg.lr, step, cfg.epochs * per_epoch)
             optimizer.param_groups[0]["lr"] = lr
             with autocast(train.device, cfg):
@@ -495,7 +487,7 @@ def pretrain(encoder, train, cfg):
 
 # ----------------------------------------- evaluation -------------------------------------
 def in_chunks(network, x):
-    """network(x) in evaluation. A CPU is faster on parts that its cache holds."""
+    """network(x), in parts: a CPU is faster on what its cache holds."""
     return torch.cat([network(part) for part in x.split(64 if x.device.type == "cpu" else 512)])
 
 
@@ -503,12 +495,12 @@ def in_chunks(network, x):
 def extract(backbone, data, cfg):
     """Features [N, d] float32 of the plain images, on every rank."""
     backbone.eval()
-    batches = torch.arange(len(data)).split(512)
+    chunks = torch.arange(len(data)).split(512)
     features = None  # filled in place: joining parts would need ImageNet's 10 GB twice
-    for step, x in progress("features", data.batches(enumerate(batches)), len(batches)):
+    for step, x in progress("features", data.batches(enumerate(chunks)), len(chunks)):
         with autocast(data.device, cfg):
             x = in_chunks(backbone, x).float()
-        rows = batches[step]
+        rows = chunks[step]
         if features is None:
             features = x.new_empty(len(data), x.shape[1])
         features[rows[0]:rows[-1] + 1] = gather_rows(x, len(rows))
@@ -570,20 +562,22 @@ def train_on_crops(backbone, width, train, cfg):
     peak = cfg.probe_lr * batch / 256
     optimizer_class = {"sgd": torch.optim.SGD, "lars": LARS}[cfg.probe_optimizer]
     optimizer = optimizer_class(classifier.parameters(), lr=peak, momentum=0.9)
-    views = Views(["flip"], train.size or train.pixels.shape[-1], (0.08, 1.0))
+    side = train.size or train.pixels.shape[-1]  # CIFAR and STL-10 are evaluated as they are
+    views = Views(["flip"], side, (0.08, 1.0))
     path = cfg.out / "classifier.pt"
     made_by = {"settings": values_of(cfg, DEPENDS["linear"]), "backbone": before,
                "images": cfg.images_digest}
     first_epoch = resume(path, made_by, classifier=classifier, optimizer=optimizer)["epoch"]
     for epoch in range(first_epoch, cfg.probe_epochs):
         order = torch.randperm(len(train), generator=rng(cfg.seed, "classifier", epoch))
-        rows = order.split(batch)
-        batches = train.batches(enumerate(rows), views, key=(cfg.seed, "classifier views", epoch))
+        chunks = order.split(batch)
+        batches = train.batches(enumerate(chunks), views,
+                                key=(cfg.seed, "classifier views", epoch))
         stage = f"linear classifier, epoch {epoch + 1} of {cfg.probe_epochs}:"
         for step, x in progress(stage, batches, per_epoch):
             with torch.no_grad(), autocast(train.device, cfg):
                 features = in_chunks(backbone, x).float()
-            labels = train.labels[rows[step]]
+            labels = train.labels[chunks[step]]
             logits = classifier(gather_rows(features, len(labels)))
             loss = F.cross_entropy(logits, to_device(labels, x.device))
             done = epoch * per_epoch + step
@@ -609,16 +603,16 @@ def embed(encoder, data, cfg, name, n=1, groups=1, one_t=False):
     in float32 even where training is not: bfloat16's rounding would add to the distances.
     """
     encoder.eval()
-    batches = torch.arange(len(data)).split(max(1, 512 // n))
-    views = data.batches(enumerate(batches), cfg.views, n, (cfg.seed, name), one_t)
+    chunks = torch.arange(len(data)).split(max(1, 512 // n))
+    views = data.batches(enumerate(chunks), cfg.views, n, (cfg.seed, name), one_t)
     spaces = [], [], []
-    for step, x in progress(f"theory, {name}", views, len(batches)):
+    for step, x in progress(f"theory, {name}", views, len(chunks)):
         features = in_chunks(encoder.backbone, x)
         raw = encoder.projector(features)
         for space, z in zip(spaces, (F.normalize(raw, dim=1), raw, features)):
             z = z.unflatten(0, (groups, n // groups, -1))  # [groups, views, b, d]
             z = z.mean(1).transpose(0, 1)  # [b, groups, d]
-            space.append(gather_rows(z.contiguous(), len(batches[step])))
+            space.append(gather_rows(z.contiguous(), len(chunks[step])))
     return [torch.cat(space) for space in spaces]
 
 
@@ -689,7 +683,8 @@ def measure_bias(encoder, train, cfg):
 
 def repulsion_bound(anchor, bank, labels, alpha):
     """B = (1/α) log Σ_y E[exp(α s) | y] for each anchor (Eq. 46). anchor, bank: [N, d]."""
-    # E[· | y] is a sum over the images of y, divided by their number: here, its log is subtracted.
+    # E[· | y] is a sum over the images of y, divided by their number. So the log of that number is
+    # subtracted from each image's exponent.
     log_count = labels.bincount().to(anchor.dtype).log()[labels]  # [N], of each bank image's class
     parts = [(alpha * rows @ bank.T - log_count).logsumexp(1) for rows in anchor.split(1024)]
     return torch.cat(parts) / alpha
@@ -702,8 +697,8 @@ def theorem_sides(anchor, mean_view, bank, labels, alpha):
     Each image of the bank has its own t′.
 
     Theorem 4.6 bounds max over y′ ≠ y of s(f, prototype of y′) by B/ν. Its proof multiplies the
-    largest product with a prototype by 1/ν ≥ 1 (Eq. 38). In Case 1 that product is not positive, so
-    it gets smaller, where the bound needs it larger. The bound holds where B ≥ 0 (sufficient, not
+    largest product with a prototype by 1/ν ≥ 1 (Eq. 38), as if that could not make it smaller. But
+    in Case 1 this product is at most 0. The bound holds where B ≥ 0 (sufficient, not
     necessary; α ≤ log C implies B ≥ 0), and with max(B, B/ν) always.
     """
     prototypes = class_means(bank, labels)  # [C, d]
@@ -787,24 +782,24 @@ WEIGHT_SETTINGS = {
     "precision": ("float32", "of the network; bfloat16 on GPUs that compute in it",
                   ["float32", "bfloat16"]),
     "seed": (0, "of weights, order and views", ">= 0"),
-    "init": ("", "start from the backbone in this file, of balcon or of others", None),
-    "limit": (0, "train on this many images; --seed chooses them only with --subset", ">= 0"),
+    "init": ("", "start from the backbone in this file, of balcon or another library", None),
+    "limit": (0, "train on this many images, chosen by --seed only with --subset", ">= 0"),
     "subset": ("full", "lt: long-tailed as ImageNet-LT; uni: uniform of that size (A.3.4); "
                "or a file that lists class/image in each line", None)}
 SETTING_GROUPS = {
     "What makes the weights; must match when a run is resumed": WEIGHT_SETTINGS,
     "Evaluation": {
-        "eval": (["knn", "linear"], "what to measure; without names nothing",
+        "eval": (["knn", "linear"], "what to measure; no name: nothing",
                  ["knn", "linear", "bias", "bounds"]),
         "baseline": (True, "evaluate the untrained backbone, too", None),
         "checkpoint": ("", "evaluate this checkpoint instead of pretraining", None),
         "k": ([1, 10], "nearest neighbours that vote", ">= 1"),
         "probe": ("crops", "linear classifier on fresh crops, or on features computed once",
                   ["crops", "features"]),
-        "probe_optimizer": ("sgd", "on crops", ["sgd", "lars"]),
-        "probe_lr": (30.0, "on crops, for a batch of 256", "> 0"),
-        "probe_batch": (256, "on crops", ">= 1"),
-        "probe_epochs": (90, "on crops", ">= 1"),
+        "probe_optimizer": ("sgd", "of the classifier on crops", ["sgd", "lars"]),
+        "probe_lr": (30.0, "its peak learning rate, for a batch of 256", "> 0"),
+        "probe_batch": (256, "its images per step", ">= 1"),
+        "probe_epochs": (90, "its epochs", ">= 1"),
         "probe_l2": (0.03, "on features: weight of ‖W‖²/2 beside the mean cross-entropy", ">= 0"),
         "theory_images": (50_000, "training images for bias and bounds, at most", ">= 2"),
         "theory_views": (10, "K, even: Monte Carlo views of an image", ">= 2")},
@@ -813,10 +808,11 @@ SETTING_GROUPS = {
         "out": ("", "run directory, by default in runs/; the same command resumes it", None),
         "export": ("", "write features to this .npz file", None),
         "save_every": (0, "keep every Nth epoch's checkpoint (Fig. 6); 0: only the last", ">= 0"),
-        "workers": (8, "threads of each rank that read ImageNet; at most one a core", ">= 0")}}
+        "workers": (8, "threads of each rank that read ImageNet", ">= 0")}}
 SETTINGS = {name: entry for group in SETTING_GROUPS.values() for name, entry in group.items()}
 MAKES_WEIGHTS = ["dataset", *WEIGHT_SETTINGS]  # must match on resume
-PHOTO_VIEWS = ["color_jitter", "grayscale", "gaussian_blur", "flip"]
+PHOTOS = dict(alpha=4.0, lam=2.0, epochs=100, stem="imagenet", crop_scale=[0.2, 1.0],
+              augmentations=["color_jitter", "grayscale", "gaussian_blur", "flip"])
 RECIPES = {  # what differs from the above
     "patterns": dict(  # ours: synthetic images, for the demonstration
         alpha=4.0, lam=2.0, epochs=5, batch_size=64, lr=0.5, backbone="resnet8", stem="imagenet",
@@ -824,33 +820,29 @@ RECIPES = {  # what differs from the above
         theory_images=256, theory_views=4, eval=["knn", "linear", "bias", "bounds"]),
     "cifar10": {}, "cifar100": {},
     "stl10": dict(stem="imagenet", size=96),  # ours
-    "imagenet": dict(  # A.3.1; LARS as in SimSiam
-        alpha=4.0, lam=2.0, epochs=100, backbone="resnet50", stem="imagenet",
-        projector=[2048, 2048, 2048], size=224, crop_scale=[0.2, 1.0], augmentations=PHOTO_VIEWS,
-        k=[200], probe_optimizer="lars", probe_lr=0.1, probe_batch=4096, baseline=False),
-    "folder": dict(  # ours: own photographs
-        alpha=4.0, lam=2.0, epochs=100, batch_size=128, backbone="resnet18", stem="imagenet",
-        projector=[512, 128], size=128, crop_scale=[0.2, 1.0], augmentations=PHOTO_VIEWS,
-        k=[5], probe="features"),
+    "imagenet": PHOTOS | dict(  # A.3.1; LARS as in SimSiam
+        backbone="resnet50", projector=[2048, 2048, 2048], size=224, k=[200],
+        probe_optimizer="lars", probe_lr=0.1, probe_batch=4096, baseline=False),
+    "folder": PHOTOS | dict(  # ours: own photographs
+        batch_size=128, projector=[512, 128], size=128, k=[5], probe="features"),
 }
-VIEW_SETTINGS = ["size", "crop_scale", "augmentations", "drop", "add"]
+THEORY_SETTINGS = ["theory_images", "theory_views", "seed", "size", "crop_scale", "augmentations",
+                   "drop", "add"]
 DEPENDS = {  # settings that a figure depends on, beside the weights and the images
     "knn": ["size", "precision", "k"],
     "linear": ["size", "precision", "seed", *(key for key in SETTINGS if key.startswith("probe"))],
-    "bias": ["theory_images", "theory_views", "seed", *VIEW_SETTINGS],
-    "bounds": ["theory_images", "theory_views", "seed", "alpha", *VIEW_SETTINGS],
+    "bias": THEORY_SETTINGS, "bounds": [*THEORY_SETTINGS, "alpha"],
     "neighbors": ["size", "precision"]}
 HINTS = {  # what people type, and what they mean
-    "--lambda": "--lam", "--temperature": "--alpha, which is 1 / temperature",
-    "--tau": "--alpha, which is 1 / temperature", "simclr": "ntxent with --lam 1",
-    "infonce": "ntxent with --lam 1", "dcl": "balanced with --lam 1"}
+    "--temperature": "--alpha, which is 1 / temperature", "--tau": "--alpha, which is 1 / tau",
+    "simclr": "ntxent with --lam 1", "dcl": "balanced with --lam 1"}
 
 
 def recipe_of(dataset):
     recipe = {name: default for name, (default, *_) in SETTINGS.items()} | RECIPES[dataset]
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         recipe["precision"] = "bfloat16"
-    return recipe | {"dataset": dataset, "data": f"data/{dataset}"}
+    return recipe | {"dataset": dataset}
 
 
 def values_of(cfg, names):
@@ -887,8 +879,9 @@ def parse_flags(argv=None):
         refuse(f"{first.checkpoint} is no checkpoint of this version; --init takes its weights")
     dataset = saved.get("dataset", "patterns") if first.dataset is None else first.dataset
     require_one_of(RECIPES, dataset, f"--dataset {dataset} is unknown")
+    # A checkpoint holds the weights of its own --init, and its own images were chosen by --limit.
     defaults = recipe_of(dataset) | saved | {"dataset": dataset, "init": ""}
-    if dataset != saved.get("dataset"):  # --limit and --subset were of the checkpoint's own images
+    if dataset != saved.get("dataset"):
         defaults |= {"limit": 0, "subset": "full"}
     parser.set_defaults(**defaults)
     parser.add_argument("-h", "--help", action="help", help="show this")
@@ -900,10 +893,7 @@ def parse_flags(argv=None):
     dropped = sum((DROPPABLE.get(name, []) for name in cfg.drop), [])
     names = [name for name in cfg.augmentations if name not in dropped] + cfg.add
     cfg.views = Views(names, cfg.size, cfg.crop_scale)
-    cfg.workers = min(cfg.workers, cores())
-    if not cfg.data:  # an unset shell variable gives an empty string
-        refuse("--data is empty")
-    cfg.data = Path(cfg.data)
+    cfg.data = Path(cfg.data or f"data/{dataset}")
     cfg.out = Path(cfg.out or default_out(cfg))
     return cfg
 
@@ -920,10 +910,7 @@ def default_out(cfg):
     else:
         words += [f"{key}-{vars(cfg)[key]}" for key in MAKES_WEIGHTS
                   if vars(cfg)[key] != recipe[key]]
-    name = re.sub(r"[^\w.]+", "-", "_".join(words))
-    if len(name) > 100:  # file systems take 255 bytes
-        name = f"{name[:90]}-{digest([np.array(words)])[:9]}"
-    return f"runs/{name}"
+    return "runs/" + re.sub(r"[^\w.]+", "-", "_".join(words))[:100]  # file systems take 255 bytes
 
 
 def as_flag(name):
@@ -940,33 +927,27 @@ def check_settings(cfg):
             elif rule:
                 comparison, bound = rule.split()
                 fits = item >= float(bound) if comparison == ">=" else item > float(bound)
-                if not fits or item >= 2 ** 63:
-                    refuse(f"{as_flag(name)} {item} must be {rule} and below 2^63")
+                require(fits and item < 2 ** 63,
+                        f"{as_flag(name)} {item} must be {rule} and below 2^63")
     present, processes = set(cfg.augmentations), int(os.environ.get("WORLD_SIZE", 1))
     export = Path(cfg.export)
-    for wrong, sentence in (
-        (cfg.batch_size % processes,
-         f"--batch-size {cfg.batch_size} is not divisible by the {processes} processes"),
-        (not cfg.k or not cfg.projector, "--k and --projector need at least one number"),
-        (len(cfg.crop_scale) != 2 or not cfg.crop_scale[0] <= cfg.crop_scale[-1] <= 1,
-         "--crop-scale takes two shares between 0 and 1, the smaller one first"),
-        (len(set(cfg.views.names)) < len(cfg.views.names),
-         f"an augmentation comes twice: {' '.join(cfg.views.names)}"),
-        (any(not present & set(DROPPABLE[name]) for name in cfg.drop),
-         f"--drop {' '.join(cfg.drop)}: the recipe has none"),
-        (cfg.limit and cfg.subset not in ("full", "lt", "uni"),
-         "--limit and a list of files in --subset exclude each other"),
-        (cfg.theory_views % 2, f"--theory-views {cfg.theory_views} must be even"),
-        (cfg.init and cfg.checkpoint, "--init and --checkpoint exclude each other"),
-        (cfg.init and not Path(cfg.init).is_file(),
-         f"--init {cfg.init} is not a file; it takes weights that were saved with torch.save"),
-        (cfg.export and (export.is_dir() or not export.parent.is_dir()),
-         f"--export {cfg.export} is a folder, or its folder does not exist"),
-        (cfg.out.exists() and not cfg.out.is_dir(), f"--out {cfg.out} is not a folder"),
-        (cfg.out.resolve() == cfg.data.resolve(), "--out and --data name the same folder"),
-    ):
-        if wrong:
-            refuse(sentence)
+    require(cfg.batch_size % processes == 0,
+            f"--batch-size {cfg.batch_size} is not divisible by the {processes} processes")
+    require(cfg.k and cfg.projector, "--k and --projector need at least one number")
+    require(len(cfg.crop_scale) == 2 and cfg.crop_scale[0] <= cfg.crop_scale[1] <= 1,
+            "--crop-scale takes two shares between 0 and 1, the smaller one first")
+    require(len(set(cfg.views.names)) == len(cfg.views.names),
+            f"an augmentation comes twice: {' '.join(cfg.views.names)}")
+    require(all(present & set(DROPPABLE[name]) for name in cfg.drop),
+            f"--drop {' '.join(cfg.drop)}: the recipe has none")
+    require(not cfg.limit or cfg.subset in ("full", "lt", "uni"),
+            "--limit and a list of files in --subset exclude each other")
+    require(cfg.theory_views % 2 == 0, f"--theory-views {cfg.theory_views} must be even")
+    require(not (cfg.init and cfg.checkpoint), "--init and --checkpoint exclude each other")
+    require(not cfg.export or export.parent.is_dir() and not export.is_dir(),
+            f"--export {cfg.export} is a folder, or its folder does not exist")
+    require(cfg.out.is_dir() or not cfg.out.exists(), f"--out {cfg.out} is not a folder")
+    require(cfg.out.resolve() != cfg.data.resolve(), "--out and --data name the same folder")
 
 
 # ----------------------------------------- the experiment ---------------------------------
@@ -988,10 +969,10 @@ def run(cfg):
     encoder = build_encoder(cfg, device)
     train, test = load_data(cfg, device)
     cfg.images_digest = "".join(digest([data.names, data.labels]) for data in (train, test) if data)
-    bank = train  # what is searched, and what classifiers learn from
+    gallery = train  # the images that are searched, and that classifiers learn from
     if (train.labels < 0).any() and (train.labels >= 0).any():
-        bank = train.select(train.labels >= 0)
-    wanted = from_rank_0(lambda: possible_evaluations(cfg, train, bank, test))
+        gallery = train.select(train.labels >= 0)
+    wanted = from_rank_0(lambda: choose_evaluations(cfg, train, gallery, test))
     check_same_run(cfg, cfg.images_digest)
     start_log(cfg, train, test)
     path = cfg.out / "results.json"
@@ -1002,25 +983,24 @@ def run(cfg):
     if trains:
         draw_views(train, cfg)
         if cfg.baseline:
-            evaluate("untrained", encoder, bank, test, wanted, results, cfg)
+            evaluate("untrained", encoder, gallery, test, wanted, results, cfg)
         pretrain(encoder, train, cfg)
     stage = "trained" if trains or cfg.checkpoint else "untrained"
-    features = evaluate(stage, encoder, bank, test, wanted, results, cfg)
-    if not cfg.baseline or not trains:  # an earlier call may have left other stages
+    features = evaluate(stage, encoder, gallery, test, wanted, results, cfg)
+    if not cfg.baseline or not trains:  # results.json may hold another stage, of an earlier call
         results = {stage: results[stage]}
-    draw_neighbors(bank, test, results, cfg)
+    draw_neighbors(gallery, test, results, cfg)
     if cfg.export:
-        export(cfg.export, features, [bank, test] if test else [bank])
+        export(cfg.export, features, [gallery, test] if test else [gallery])
     code = conclude(results, wanted, cfg)
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     return code
 
 
-def possible_evaluations(cfg, train, bank, test):
+def choose_evaluations(cfg, train, gallery, test):
     """--eval, or nothing where the images have no labels. Refuses what would fail late."""
-    if len(train) < 2:
-        refuse("there is only one training image")
+    require(len(train) > 1, "there is only one training image")
     steps = len(train) // cfg.batch_size * cfg.epochs
     if cfg.epochs and not cfg.checkpoint:
         if not steps:
@@ -1029,13 +1009,13 @@ def possible_evaluations(cfg, train, bank, test):
             say(f"warning: {steps} steps of {cfg.batch_size} images are too few to learn much; "
                 "--init starts from weights that were trained on more, such as torchvision's")
     no_test = test is None and {"knn", "linear"} & set(cfg.eval)
-    if cfg.eval and (no_test or len(bank.labels.unique()) < 2):
-        if cfg.eval != recipe_of(cfg.dataset)["eval"]:
+    if cfg.eval and (no_test or len(gallery.labels.unique()) < 2):
+        if cfg.eval != recipe_of(cfg.dataset)["eval"]:  # the user asked for these
             refuse(f"--eval {' '.join(cfg.eval)} needs labels and test images: class folders "
                    f"{cfg.data}/train/<class>/ and {cfg.data}/val/<class>/")
         say("without labels there is no accuracy to measure; neighbors.png shows what is learned")
         return []
-    if {"bias", "bounds"} & set(cfg.eval) and (theory_images(bank, cfg)[1].bincount() < 2).any():
+    if {"bias", "bounds"} & set(cfg.eval) and (theory_images(gallery, cfg)[1].bincount() < 2).any():
         refuse("bias and bounds compare images of a class, and some class has one image only: "
                "leave them out of --eval, or raise --theory-images or --limit")
     return cfg.eval
@@ -1065,11 +1045,11 @@ def linear_accuracy(backbone, features, train, test, cfg):
     return {"linear": percent(predicted.cpu() == test.labels)}
 
 
-def evaluate(stage, encoder, bank, test, wanted, results, cfg):
+def evaluate(stage, encoder, gallery, test, wanted, results, cfg):
     """Measure what is not in `results` yet; write results.json after each evaluation.
 
     results: {stage: {evaluation: {"settings": those that its figures depend on, figure: value}}}.
-    Returns a function that gives the features of the bank or the test images.
+    Returns a function that gives the features of the gallery or the test images.
     """
     weights_digest = from_rank_0(lambda: digest(encoder))
     extracted = {}
@@ -1079,12 +1059,12 @@ def evaluate(stage, encoder, bank, test, wanted, results, cfg):
             extracted[data] = extract(encoder.backbone, data, cfg)
         return extracted[data]
 
-    measure = {"knn": lambda: knn_accuracy(features, bank, test, cfg),
-               "linear": lambda: linear_accuracy(encoder.backbone, features, bank, test, cfg),
-               "bias": lambda: measure_bias(encoder, bank, cfg),
-               "bounds": lambda: measure_bounds(encoder, bank, cfg),
-               "neighbors": lambda: find_neighbors(encoder.backbone, extracted, bank, test, cfg)}
-    for name in [*wanted, "neighbors"]:
+    measure = {"knn": lambda: knn_accuracy(features, gallery, test, cfg),
+               "linear": lambda: linear_accuracy(encoder.backbone, features, gallery, test, cfg),
+               "bias": lambda: measure_bias(encoder, gallery, cfg),
+               "bounds": lambda: measure_bounds(encoder, gallery, cfg),
+               "neighbors": lambda: find_neighbors(encoder.backbone, extracted, gallery, test, cfg)}
+    for name in [*wanted, "neighbors"]:  # last: it searches the features that others extracted
         settings = values_of(cfg, DEPENDS[name])
         settings |= {"weights": weights_digest, "images": cfg.images_digest}
         known = results.setdefault(stage, {})
@@ -1163,9 +1143,8 @@ class Session:
         epoch_ends = step % self.per_epoch == 0
         if not (epoch_ends or step % 10 == 0 or steps_here == 1):
             return
-        loss = gather_rows(loss[None], world_size()).mean().item()
-        if not math.isfinite(loss):
-            refuse(f"the loss is {loss} at step {step}: lower --lr")
+        loss = gather_rows(loss[None], world_size()).mean().item()  # one row a rank
+        require(math.isfinite(loss), f"the loss is {loss} at step {step}: lower --lr")
         now = time.perf_counter()
         seconds = now - self.started
         # How far the projections differ, from 0 (collapse) to 1: the variance of unit vectors.
@@ -1178,7 +1157,7 @@ class Session:
             line["above_floor"] = loss - loss_floor(cfg.batch_size, cfg.alpha, cfg.lam)
             floor = f" (floor +{line['above_floor']:.3f})"
         if rank() == 0:
-            with open(cfg.out / "log.jsonl", "a") as log:  # after a kill, steps come again
+            with open(cfg.out / "log.jsonl", "a") as log:  # an unfinished epoch is logged again
                 log.write(json.dumps(line) + "\n")
         if epoch_ends or steps_here == 1 or now > self.said + 10:
             self.said = now
@@ -1256,8 +1235,7 @@ def start_log(cfg, train, test):
     line = {"config": values_of(cfg, MAKES_WEIGHTS), "images": cfg.images_digest, "argv": sys.argv,
             "git": git, "processes": world_size(), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "hardware": gpus or f"{os.cpu_count()} CPU cores",
-            "unreadable": [*train.unreadable, *(test.unreadable if test else [])]}
+            "hardware": gpus or f"{os.cpu_count()} CPU cores"}
     with open(cfg.out / "log.jsonl", "a") as log:
         log.write(json.dumps(line) + "\n")
 
@@ -1267,14 +1245,13 @@ class UserError(Exception):
     """What the user can correct: printed as one sentence, exit code 2."""
 
 
-def refuse(message):
-    raise UserError(message)
+def refuse(sentence):
+    raise UserError(sentence)
 
 
-def cores():
-    """CPU cores that this process may use, shared among the ranks of this machine."""
-    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, able // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+def require(condition, sentence):
+    if not condition:
+        refuse(sentence)
 
 
 def rng(*key):
@@ -1292,22 +1269,20 @@ def to_device(x, device):
 
 def start_processes():
     """The device of this process, which joins the others if torchrun started it."""
-    missing = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    by_torchrun = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     others = "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"
-    several = any(int(os.environ.get(name, 1)) > 1 for name in others)
-    if missing and (several or "RANK" in os.environ):
-        refuse(f"several processes need torchrun --nproc_per_node, which sets {min(missing)}; "
-               "others would all do the same work")
+    several = "RANK" in os.environ or any(int(os.environ.get(name, 1)) > 1 for name in others)
+    require(by_torchrun or not several,
+            "without torchrun --nproc_per_node several processes would all do the same work")
     device, local = torch.device("cpu"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
-        if torch.cuda.device_count() < local:
-            refuse(f"torchrun started {local} processes, but there are "
-                   f"{torch.cuda.device_count()} GPUs")
+        gpus = torch.cuda.device_count()
+        require(gpus >= local, f"torchrun started {local} processes, but there are {gpus} GPUs")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-    if "RANK" in os.environ:
+    if by_torchrun:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(hours=2))  # rank 0 may have to download first
     return device
@@ -1393,10 +1368,7 @@ def digest(content):
         content = [weight.cpu() for weight in content.state_dict().values()]
     state = hashlib.blake2b(digest_size=16)
     for part in content:
-        if torch.is_tensor(part):
-            state.update(part.contiguous().numpy().tobytes())
-        else:
-            state.update("\n".join(part.tolist()).encode(errors="surrogateescape"))
+        state.update(np.asarray(part).tobytes())
     return state.hexdigest()
 
 
@@ -1432,19 +1404,16 @@ def load_backbone(path, backbone):
     given = load_file(path)
     for key in ("state_dict", "model", "backbone"):
         given = given[key] if isinstance(given.get(key), dict) else given
-    # "module.encoder_q.layer1.0.conv1.weight" has a prefix; "backbone.4.0.conv1.weight", of
-    # nn.Sequential(*resnet.children()), numbers in place of names, too.
+    # Names are like "module.encoder_q.layer1.0.conv1.weight", or "backbone.4.0.conv1.weight", of
+    # nn.Sequential(*resnet.children()), with numbers in place of names.
     names = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-    early = re.compile(r"(.*\.|)(layer1|4)\.0\.conv1\.weight")
-    prefix = next((match[1] for match in map(early.fullmatch, given) if match), "")
     own, fits = backbone.state_dict(), {}
     for key, weight in given.items():
-        first, _, rest = key.removeprefix(prefix).partition(".")
-        name = f"{names.get(first, first)}.{rest}"
-        if key.startswith(prefix) and name in own and own[name].shape == weight.shape:
-            fits[name] = weight
-    if len(fits) < len(own) / 2:
-        refuse(f"--init {path}: most of its weights do not fit the backbone")
+        found = re.search(r"(?:^|\.)(conv1|bn1|layer\d|[014567])\.(.+)", key)
+        name = found and f"{names.get(found[1], found[1])}.{found[2]}"
+        if name in own and own[name].shape == weight.shape:
+            fits.setdefault(name, weight)  # of MoCo's two encoders the first
+    require(len(fits) >= len(own) / 2, f"--init {path}: most of its weights do not fit")
     backbone.load_state_dict(fits, strict=False)
     misfits = ", ".join(sorted(own.keys() - fits.keys()))
     say(f"backbone from {path}; not in it or of another shape: {misfits or 'nothing'}")
@@ -1466,105 +1435,90 @@ with contextlib.suppress(ImportError):  # photographs of iPhones
     from pillow_heif import register_heif_opener
     register_heif_opener()
 Image.MAX_IMAGE_PIXELS = None  # photographs of any size
-LONGEST = 3  # in memory a longer panorama loses its ends: all images get the largest one's square
+LONGEST = 3  # × the shorter side: a longer panorama loses its ends, since in memory every image
+# gets the square of the largest one
+ENDINGS = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".heic"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val",
           "validation": "val", "test": "test", "testing": "test"}
 
 
 def find_photographs(cfg):
-    """[training, test ImageFiles if there are any] of class folders, or of images alone."""
-    root = cfg.data
-    if not root.is_dir():
-        refuse(f"there is no folder {root}: --data names a folder of images, or one that holds "
-               "train/<class>/ and val/<class>/")
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
-    splits = {SPLITS[path.name.lower()]: path for path in folders if path.name.lower() in SPLITS}
-    if not splits and cfg.dataset == "folder":
-        return hold_out(find_classes(root, cfg))
-    if "train" not in splits:
-        refuse(f"there is no folder {root / 'train'}, which --dataset {cfg.dataset} needs")
-    others = [path.name for path in folders if path.name.lower() not in SPLITS]
-    if others:
-        say(f"left out, beside {splits['train']}: {', '.join(others[:5])}")
-    train = find_classes(splits["train"], cfg)
-    for name in ("val", "test"):
-        if name in splits:
-            test = find_classes(splits[name], cfg)
-            odd = sorted(set(train.classes) ^ set(test.classes))
-            if odd and test.classes:
-                refuse(f"the class {odd[0]} is not in both {splits['train']} and {splits[name]}")
+    """[training, test ImageFiles if there are any]. A folder with a name of SPLITS holds a split,
+    and the folders in it are classes. Without splits the folders of cfg.data are classes."""
+    splits = {"train": [], "val": [], "test": [], "": []}  # names of files
+    for name in list_images(cfg.data):
+        splits[SPLITS.get(name.split("/")[0].lower(), "")].append(name)
+    beside = splits.pop("")
+    depth = int(any(splits.values()) or cfg.dataset != "folder")  # of the class folders
+    if depth == 0:
+        splits["train"] = beside
+    elif beside:
+        say(f"left out: {len(beside)} images beside the splits: {beside[0]}")
+    require(splits["train"], f"there is no image in {cfg.data / 'train' if depth else cfg.data}: "
+            "--data names a folder of images, or one that holds train/<class>/ and val/<class>/")
+    train = find_classes(splits["train"], depth, cfg)
+    for split in ("val", "test"):
+        if splits[split]:
+            test = find_classes(splits[split], depth, cfg)
+            odd = sorted({*train.classes} ^ {*test.classes})
             if not odd:
-                if name == "val" and "test" in splits:
-                    say(f"left out, beside {splits['val']}: {splits['test'].name}")
                 return [train, test]
-            say(f"{splits[name]} has no folders of the same classes, so it is not used")
-    return hold_out(train)
+            if test.classes:
+                refuse(f"the class {odd[0]} is not in both train and {split} of {cfg.data}")
+            say(f"{split} has no folders of the same classes, so it is not used")
+    held_out = place_within_class(train.labels, "held out") % 10 == 1  # none of a single image
+    if not train.classes or not held_out.any():
+        return [train]
+    say(f"no test images: a fixed tenth of each class is held out ({held_out.sum()} images)")
+    return [train.select(~held_out), train.select(held_out)]
 
 
-def find_classes(folder, cfg):
-    """ImageFiles of folder/<class>/…. Without class folders all labels are −1."""
-    names = list_images(folder)
-    loose = [name for name in names if "/" not in name]
-    inside = [name for name in names if "/" in name]
-    classes, labels = np.unique([name.split("/")[0] for name in inside], return_inverse=True)
-    if loose and inside and folder != cfg.data:
-        say(f"left out: {len(loose)} images beside the class folders of {folder}: {loose[0]}")
-        names, loose = inside, []
-    if loose and inside:
-        say(f"no labels: {loose[0]} lies beside the folders of {folder}, so these are no classes")
+def find_classes(names, depth, cfg):
+    """ImageFiles, whose classes are the folders at this depth. Without them all labels are −1."""
+    loose = [name for name in names if name.count("/") == depth]
+    if depth and 0 < len(loose) < len(names):
+        say(f"left out: {len(loose)} images beside class folders: {loose[0]}")
+        names = [name for name in names if name.count("/") > depth]
+        loose = []
+    classes, labels = np.unique([name.split("/")[depth] for name in names], return_inverse=True)
+    if loose:
+        say(f"no labels: {loose[0]} lies in no class folder")
     if loose or len(classes) < 2:
         classes, labels = classes[:0], np.full(len(names), -1)
     else:
         shown = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
-        say(f"{folder}: {len(names)} images of {len(classes)} classes: {shown}")
-    names = np.array([os.path.relpath(os.path.join(folder, name), cfg.data) for name in names])
-    return ImageFiles(torch.from_numpy(labels).long(), names, classes.tolist(), cfg)
+        say(f"{len(names)} images of {len(classes)} classes: {shown}")
+    return ImageFiles(torch.tensor(labels), np.array(names), classes.tolist(), cfg)
 
 
-def list_images(folder):
-    """Names, with slashes, of the images below a folder. Each directory is visited once, also
-    through links; hidden ones and run directories are left out."""
-    never = "BUFR", "GRIB", "HDF5", "MPEG", "EPS", "PDF"  # Pillow cannot read them by itself
-    readable = {end for end, kind in Image.registered_extensions().items()
-                if kind in Image.OPEN and kind not in never}
+def list_images(root):
+    """Names, with slashes, of the images below root. Each directory is visited once, also through
+    links; hidden ones and run directories are left out."""
+    readable = ENDINGS & Image.registered_extensions().keys()
     names, visited, left_out = [], set(), Counter()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in visited or "log.jsonl" in files:
+    for place, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(place)
+        if real in visited or "log.jsonl" in files:
             folders.clear()
             continue
-        visited.add(os.path.realpath(place))
+        visited.add(real)
         folders[:] = sorted(name for name in folders if name[0] != ".")
         for name in files:
             end = os.path.splitext(name)[1].lower()
             if name[0] != "." and end in readable:
-                names.append(os.path.relpath(os.path.join(place, name), folder))
+                names.append(Path(place, name).relative_to(root).as_posix())
             elif name[0] != ".":
                 left_out[end or "no ending"] += 1
     if left_out:
         ends = ", ".join(f"{count} {end}" for end, count in left_out.most_common(5))
         heic = "; pip install pillow-heif to read HEIC" if left_out[".heic"] else ""
-        say(f"left out of {folder}, by ending: {ends}{heic}")
-    if not names:
-        refuse(f"there is no image in {folder}")
-    return sorted(name.replace(os.sep, "/") for name in names)
+        say(f"left out of {root}, by ending: {ends}{heic}")
+    return sorted(names)
 
 
-def hold_out(files):
-    """[training, test]: a fixed tenth of each class becomes the test set, if there are classes."""
-    if not files.classes:
-        return [files]
-    counts = files.labels.bincount()
-    tenth = (counts / 10).ceil().minimum(counts - 1)
-    test = place_within_class(files.labels, "held out") < tenth[files.labels]
-    if not test.any():  # one image a class
-        return [files]
-    say(f"no test images: a fixed tenth of each class is held out ({test.sum()} images)")
-    return [files.select(~test), files.select(test)]
-
-
-def read_image(file, min_pixels=math.inf, min_side=1):
-    """An upright RGB image. Transparency becomes white. A large image is reduced, but to at least
-    min_pixels pixels (of the middle of a panorama) and min_side pixels on the shorter side.
+def read_image(file, side=10 ** 6):
+    """An upright RGB image. Transparency becomes white. JPEG is decoded directly to a half, a
+    quarter or an eighth, but to no less than `side` pixels on the shorter side.
 
     Greys of more than 8 bits are refused: which value is white is not in the file.
     """
@@ -1572,71 +1526,57 @@ def read_image(file, min_pixels=math.inf, min_side=1):
         with Image.open(file) as image:
             if image.mode == "F" or image.mode.startswith("I"):
                 raise ValueError(f"{image.mode}: more than 8 bits per channel; convert it to 8")
-            width, height = image.size
-            shorter = min(width, height)
-            longer = min(max(width, height), LONGEST * shorter)
-            factor = max(math.sqrt(min_pixels / (shorter * longer)), min_side / shorter)
-            factor = min(1, factor)
-            # JPEG decodes directly to a half, a quarter or an eighth.
-            image.draft("RGB", (math.ceil(width * factor), math.ceil(height * factor)))
+            image.draft("RGB", (side, side))
             with contextlib.suppress(Exception):  # odd EXIF must not reject a photograph
                 image.getexif()
-                image.info.pop("exif", None)  # Pillow would write it anew
+                image.info.pop("exif", None)  # else it is written anew, which may fail
                 image = ImageOps.exif_transpose(image)
             if image.mode[-1] in "Aa" or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-            longest = math.ceil(max(width, height) * factor)
-            image.thumbnail((longest, longest), Image.Resampling.BILINEAR, reducing_gap=3)
-            return image
+            return image.convert("RGB")
     except Exception as error:  # Pillow raises many kinds for corrupt files
         refuse(f"cannot read {file} ({type(error).__name__}: {error})")
 
 
-def read_into_memory(files, size, min_pixels=math.inf, min_side=1):
-    """Images: each file is read once, by threads, since Pillow decodes without Python's lock.
+def read_into_memory(files, size, side=10 ** 6):
+    """Images of about side² pixels at most, or as large as they are. Threads read each file once.
     Unreadable files are left out, unless they are more than a tenth."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    threads = cores() * ranks  # this rank reads, the others wait
-    limit = math.inf  # in bytes: each rank will hold all images
+    limit = math.inf  # in bytes: each rank will hold all images, this one twice for a moment
     if hasattr(os, "sysconf"):
-        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / ranks
-    good, bad, side = {}, [], 1  # good: {row: pixels}, bad: [reason]
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 3
+        limit /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def read(name):
-        """(pixels, None), or (None, why the file cannot be read)."""
+        """Pixels [3, height, width], or why there are none."""
         try:
-            image = read_image(files.path(name), min_pixels, min_side)
+            image = read_image(os.path.join(files.cfg.data, name), side)
         except UserError as error:
-            return None, str(error).removeprefix("cannot read ")
-        longest = LONGEST * min(image.size)
-        middle = center_crop(image, [min(image.height, longest), min(image.width, longest)])
-        return np.array(middle), None
+            return str(error)
+        middle = [min(length, LONGEST * min(image.size)) for length in image.size]
+        factor = min(1, side / math.sqrt(math.prod(middle)))
+        shape = [round(factor * length) for length in middle]
+        if len(files) * 3 * max(shape) ** 2 > limit:
+            refuse(f"{len(files)} images of {max(shape)}×{max(shape)} pixels do not fit into "
+                   "memory: --dataset imagenet reads them from disk, in every epoch")
+        return pil_to_tensor(ImageOps.fit(image, shape, Image.Resampling.BILINEAR))
 
-    # Closing `arrays` cancels what is not read yet: after Ctrl-C, or if memory is too small.
-    with (ThreadPoolExecutor(threads) as pool,
-          contextlib.closing(pool.map(read, files.names)) as arrays):
-        for row, (image, reason) in enumerate(progress("reading images", arrays, len(files))):
-            if reason:
-                bad.append(reason)
-                continue
-            good[row] = image
-            side = max(side, *image.shape[:2])
-            if len(files) * 3 * side ** 2 > limit:
-                refuse(f"{len(files)} images of {side}×{side} pixels do not fit into memory: "
-                       "--dataset imagenet reads them from disk, in every epoch")
-    if len(bad) > len(files) / 10:
-        refuse(f"{len(bad)} of {len(files)} images are unreadable: {bad[0]}")
-    if bad:
-        say(f"left out: {len(bad)} of {len(files)} images are unreadable: {'; '.join(bad[:3])}")
-    kept = files.select(torch.tensor(list(good)))
-    shapes = torch.tensor([image.shape[:2] for image in good.values()])
-    memory = torch.zeros(len(good), 3, side, side, dtype=torch.uint8)
-    for place, row in enumerate(list(good)):
-        image = torch.from_numpy(good.pop(row)).permute(2, 0, 1)  # pop frees its memory
-        memory[place, :, :image.shape[1], :image.shape[2]] = image
-    return Images(memory, shapes, kept.labels, kept.names, kept.classes, size, bad)
+    with ThreadPoolExecutor() as threads:  # Pillow decodes without Python's lock
+        results = threads.map(read, files.names)
+        results = list(progress("reading images", results, len(files)))
+    unreadable = [result for result in results if isinstance(result, str)]
+    if len(unreadable) > max(1, len(files) / 10) or len(unreadable) == len(files):
+        refuse(f"{len(unreadable)} of {len(files)} images are unreadable: {unreadable[0]}")
+    if unreadable:
+        say(f"left out, {len(unreadable)} of {len(files)} images: {'; '.join(unreadable)}")
+    kept = files.select(torch.tensor([not isinstance(result, str) for result in results]))
+    images = [result for result in results if not isinstance(result, str)]
+    shapes = torch.tensor([image.shape[1:] for image in images])
+    longest = int(shapes.max())
+    pixels = torch.zeros(len(images), 3, longest, longest, dtype=torch.uint8)
+    for square, image in zip(pixels, images):
+        square[:, :image.shape[1], :image.shape[2]] = image
+    return Images(pixels, shapes, kept.labels, kept.names, kept.classes, size)
 
 
 class ImageFiles(Images):
@@ -1646,42 +1586,34 @@ class ImageFiles(Images):
         super().__init__(None, None, labels, names, classes, cfg.size)
         self.cfg = cfg
 
-    def path(self, name):
-        return os.path.join(self.cfg.data, name)
-
     def read(self, requests, views):
         ahead = deque()
         with ThreadPoolExecutor(max(1, self.cfg.workers)) as threads, ThreadPoolExecutor(2) as jobs:
             for request in requests:
-                ahead.append(jobs.submit(self.read_batch, threads, request, views))
+                ahead.append(jobs.submit(self.read_batch, threads, views, *request))
                 if len(ahead) > 2:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
 
-    def read_batch(self, threads, request, views):
+    def read_batch(self, threads, views, step, rows, t):
         """step, x uint8 [n·b, 3, size, size], t for a request (step, rows [b], t)."""
-        step, rows, t = request
-        try:
-            images = list(threads.map(read_image, map(self.path, self.names[rows.numpy()])))
-        except UserError as error:  # without the file, these would be other images
-            refuse(f"{error}: put a readable image in its place, and the same command resumes")
-        shapes = torch.tensor([[image.height, image.width] for image in images])
-        n = 1
-        boxes = central_boxes(shapes)
-        if views:
-            n = len(t.rows) // len(rows)
-            boxes = random_crop_boxes(t, shapes.repeat(n, 1), views.crop_scale)
-
         def crop(image, box):  # Pillow's bilinear is antialiased
             return pil_to_tensor(resized_crop(image, *box, [self.size, self.size]))
 
-        return step, torch.stack(list(threads.map(crop, n * images, boxes.tolist()))), t
+        paths = [os.path.join(self.cfg.data, name) for name in self.names[rows.numpy()]]
+        images = list(threads.map(read_image, paths))
+        images *= len(t.rows) // len(rows)  # n views of each: first the first view of all
+        shapes = torch.tensor([[image.height, image.width] for image in images])
+        boxes = central_boxes(shapes)
+        if views:
+            boxes = random_crop_boxes(t, shapes, views.crop_scale)
+        return step, torch.stack(list(threads.map(crop, images, boxes.tolist()))), t
 
 
 # ----------------------------------------- data sets --------------------------------------
 def load_data(cfg, device):
-    """Training images, and test images or None, of cfg.dataset in cfg.data. Rank 0 reads them."""
+    """[training images, test images or None] of cfg.dataset in cfg.data. Rank 0 reads them."""
     splits = from_rank_0(lambda: read_data(cfg))
     for data in splits:
         data.to(device)
@@ -1690,8 +1622,7 @@ def load_data(cfg, device):
                 sides = len(data), 3, data.shapes.max(), data.shapes.max()
                 data.pixels = torch.empty(sides, dtype=torch.uint8, device=device)
             dist.broadcast(data.pixels, 0)
-    train, test = [*splits, None][:2]
-    return train, test
+    return [*splits, None][:2]
 
 
 def read_data(cfg):
@@ -1706,16 +1637,12 @@ def read_data(cfg):
         splits[0] = splits[0].select(training_subset(cfg, splits[0].names, splits[0].labels))
     if cfg.dataset == "imagenet" or not isinstance(splits[0], ImageFiles):
         return splits
-    if cfg.dataset == "folder":  # so large that even the smallest crop need not be enlarged
-        pixels = cfg.size ** 2 / (0.75 * cfg.crop_scale[0])
-        return [read_into_memory(files, cfg.size, pixels, cfg.size / 0.875) for files in splits]
+    if cfg.dataset == "folder":  # so large that no crop is enlarged, be it random or central
+        side = cfg.size * math.sqrt(max(1 / (0.75 * cfg.crop_scale[0]), LONGEST / 0.875 ** 2))
+        return [read_into_memory(files, cfg.size, math.ceil(side)) for files in splits]
     splits = [read_into_memory(files, None) for files in splits]
-    side = 96 if cfg.dataset == "stl10" else 32
-    for data in splits:
-        odd = data.names[(data.shapes != side).any(1).numpy()]
-        if len(odd) or data.unreadable:
-            refuse(f"{(*odd, *data.unreadable)[0]} is not {side}×{side} pixels: --dataset folder "
-                   "takes images of any size")
+    if any((data.shapes != data.pixels.shape[-1]).any() for data in splits):
+        refuse(f"the images in {cfg.data} are not squares of one size: --dataset folder takes any")
     return splits
 
 
@@ -1735,7 +1662,7 @@ def read_torchvision(dataset, root):
 
 
 def in_memory(pixels, labels, classes):
-    """Images of equal size without names, pixels [N, 3, S, S]."""
+    """Images of equal size, pixels [N, 3, S, S], named by their numbers."""
     shapes = torch.tensor(pixels.shape[2:]).expand(len(pixels), 2)
     names = np.arange(len(pixels)).astype(str)
     return Images(torch.as_tensor(pixels), shapes, torch.as_tensor(labels).long(), names, classes)
@@ -1753,8 +1680,7 @@ def place_within_class(labels, *key):
 
 def balanced_subset(labels, n, *key):
     """Rows of n images, as equal in number per class as possible: a function of labels and key."""
-    if n > len(labels):
-        refuse(f"{n} images are more than the {len(labels)} that there are")
+    require(n <= len(labels), f"{n} images are more than the {len(labels)} that there are")
     return place_within_class(labels, *key).argsort(stable=True)[:n].sort().values
 
 
@@ -1765,8 +1691,7 @@ def training_subset(cfg, names, labels):
     if cfg.subset not in ("lt", "uni"):
         return listed_rows(cfg.subset, names)
     rows = (labels >= 0).nonzero().squeeze(1)
-    if not len(rows):
-        refuse(f"--subset {cfg.subset} needs labels")
+    require(len(rows), f"--subset {cfg.subset} needs labels")
     labels = labels[rows]
     sizes = labels.bincount()
     total = cfg.limit or round(len(rows) * 115_846 / 1_281_167)  # ImageNet-LT's share
@@ -1776,8 +1701,7 @@ def training_subset(cfg, names, labels):
     generator = rng("subset", cfg.seed)
     for count in long_tailed_counts(len(sizes), total, min(1280, int(sizes.max()))):
         free = ((sizes >= count) & (counts == 0)).nonzero().squeeze(1)  # large enough, unused
-        if not len(free):
-            refuse(f"no class is left that has {count} images: lower --limit")
+        require(len(free), f"no class is left that has {count} images: lower --limit")
         counts[free[torch.randint(len(free), [], generator=generator)]] = count
     return rows[place_within_class(labels, "subset", cfg.seed) < counts[labels]]
 
@@ -1785,31 +1709,28 @@ def training_subset(cfg, names, labels):
 def listed_rows(path, names):
     """Rows of the images in a list such as ImageNet-LT's: the first word of each line ends in
     class/file."""
-    rows_of = {}
-    for row, name in enumerate(names):
-        rows_of.setdefault(Path(name).parts[-2:], []).append(row)
+    def key(name):
+        return tuple(name.split("/")[-2:])
+
     try:
         lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
     except OSError as error:
         refuse(f"--subset {path} is neither full, lt, uni nor a list of files ({error.strerror})")
-    rows = set()
-    for line in filter(str.strip, lines):
-        found = rows_of.get(Path(line.split()[0]).parts[-2:], [])
-        if len(found) != 1:
-            refuse(f"--subset {path}: the line {line[:80]!r} names {len(found)} training images, "
-                   "not one, by the folder and name of a file")
-        rows.update(found)
-    if not rows:
-        refuse(f"--subset {path} lists no file")
-    return torch.tensor(sorted(rows))
+    listed = {key(line.split()[0]): line for line in lines if line.strip()}
+    there = Counter(map(key, names))
+    for wanted, line in listed.items():
+        if there[wanted] != 1:
+            refuse(f"--subset {path}: the line {line[:80]!r} names {there[wanted]} training "
+                   "images, not one, by the folder and name of a file")
+    require(listed, f"--subset {path} lists no file")
+    return torch.tensor([row for row, name in enumerate(names) if key(name) in listed])
 
 
 def long_tailed_counts(classes, total, largest=1280, smallest=5, shape=6):
     """ImageNet-LT's class sizes (A.3.4), the largest first: `smallest` plus quantiles of a Pareto
     law (Lomax, from 0), scaled and clipped at `largest` so that the sum is `total`."""
-    if not smallest * classes <= total <= largest * classes:
-        refuse(f"{classes} classes of {smallest} to {largest} images cannot have {total} "
-               f"images: change --limit")
+    require(smallest * classes <= total <= largest * classes,
+            f"{classes} classes of {smallest} to {largest} images cannot have {total}: --limit")
     tail = ((np.arange(classes) + 0.5) / classes) ** (-1 / shape) - 1
     low, high = 0.0, largest / tail.min()
     for _ in range(100):  # bisection for the scale at which the sizes sum to `total`
@@ -1880,17 +1801,17 @@ def draw_views(data, cfg):
     save_picture(cfg.out / "views.png", tiles)
 
 
-def find_neighbors(backbone, extracted, bank, test, cfg):
+def find_neighbors(backbone, extracted, gallery, test, cfg):
     """For 8 test images, or training images if there are none, the rows of their 8 nearest
     training images. Searches all if `extracted` {images: features} has theirs, else 5,000."""
-    asked = test or bank
+    asked = test or gallery
     queries = balanced_subset(asked.labels, min(8, len(asked)), "picture")
-    if bank in extracted:
-        searched = torch.arange(len(bank))
-        features = extracted[bank]
+    if gallery in extracted:
+        searched = torch.arange(len(gallery))
+        features = extracted[gallery]
     else:
-        searched = balanced_subset(bank.labels, min(5000, len(bank)), "neighbors")
-        features = extract(backbone, bank.select(searched), cfg)
+        searched = balanced_subset(gallery.labels, min(5000, len(gallery)), "neighbors")
+        features = extract(backbone, gallery.select(searched), cfg)
     query_features = extract(backbone, asked.select(queries), cfg)
     near = searched[nearest(features, query_features, min(9, len(searched))).cpu()]  # [q, 9]
     found = []
@@ -1899,21 +1820,21 @@ def find_neighbors(backbone, extracted, bank, test, cfg):
     return {"queries": queries.tolist(), "rows": found}
 
 
-def draw_neighbors(bank, test, results, cfg):
+def draw_neighbors(gallery, test, results, cfg):
     """neighbors.png: each query beside its neighbours, by the untrained backbone (if measured) in
     the upper row and by the trained one below. A green frame: the right class."""
-    asked = test or bank
+    asked = test or gallery
     stages = [stage for stage in ("untrained", "trained") if stage in results]
     drawn = []  # of each stage [q, 9, 3, 72, 72]
     for stage in stages:
         queries = torch.tensor(results[stage]["neighbors"]["queries"])  # [q]
         rows = torch.tensor(results[stage]["neighbors"]["rows"])  # [q, 8]
-        labels = bank.labels[rows]
+        labels = gallery.labels[rows]
         right = (labels == asked.labels[queries, None]) & (labels >= 0)
         colour = torch.where(F.pad(right, [1, 0])[..., None], torch.tensor([0.1, 0.7, 0.2]), 1.0)
         tiles = colour[..., None, None].repeat(1, 1, 1, 72, 72)  # the frames
         tiles[:, :1, :, 4:-4, 4:-4] = tiles_of(asked, queries)
-        tiles[:, 1:, :, 4:-4, 4:-4] = tiles_of(bank, rows.flatten()).view(*rows.shape, 3, 64, 64)
+        tiles[:, 1:, :, 4:-4, 4:-4] = tiles_of(gallery, rows.flatten()).view(*rows.shape, 3, 64, 64)
         drawn.append(tiles)
     save_picture(cfg.out / "neighbors.png", torch.stack(drawn, 1).flatten(0, 1))
     if len(stages) == 2:
@@ -1931,18 +1852,15 @@ def main(argv=None):
         check_settings(cfg)
         sys.exit(run(cfg))
     except KeyboardInterrupt:
-        stop = UserError("stopped; the same command resumes")
-    except UserError as error:
-        stop = error
-    except (RuntimeError, MemoryError, OSError) as error:  # no memory, a full disk, a missing file
-        no_memory = isinstance(error, MemoryError) or re.search(
-            "out of memory|allocate memory", str(error))
-        if not no_memory and getattr(error, "errno", None) not in user_errnos:
+        sentence = "stopped; the same command resumes"
+    except (UserError, RuntimeError, MemoryError, OSError) as error:
+        sentence = " ".join(str(error).split()) or "not enough memory"
+        is_users = isinstance(error, (UserError, MemoryError)) or (
+            getattr(error, "errno", None) in user_errnos)
+        if not is_users and not re.search("out of memory|allocate memory", sentence):
             raise  # a bug
-        stop = error
     # Before the ranks have joined, all meet the same error: one of them says it.
     if world_size() > 1 or os.environ.get("LOCAL_RANK", "0") == "0":
-        sentence = " ".join(str(stop).split()) or "not enough memory"
         print("balcon:", sentence, file=sys.stderr, flush=True)
     sys.exit(2)
 

@@ -566,7 +566,7 @@ def test_photographs_come_out_upright_whatever_else_their_exif_holds(orientation
     Image.fromarray(stored).save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
     got = np.asarray(balcon.read_image(tmp_path / "a.jpg"), int)
     assert got.shape == (40, 30, 3) and abs(got - ramps()).max() < 6
-    small = np.asarray(balcon.read_image(tmp_path / "a.jpg", 300, 1), int)  # decoded to a half
+    small = np.asarray(balcon.read_image(tmp_path / "a.jpg", 15), int)  # decoded to a half
     assert small.shape == (20, 15, 3)
     assert abs(small - ramps().reshape(20, 2, 15, 2, 3).mean((1, 3))).max() < 9
 
@@ -574,8 +574,9 @@ def test_photographs_come_out_upright_whatever_else_their_exif_holds(orientation
 def test_large_images_are_reduced_without_aliasing(tmp_path):
     columns = (np.arange(60) % 2 * 255).astype(np.uint8)
     Image.fromarray(np.tile(columns, (80, 1))).save(tmp_path / "a.png")
-    small = np.asarray(balcon.read_image(tmp_path / "a.png", 1200), int)
-    assert small.shape == (40, 30, 3) and abs(small[:, 1:-1] - 127).max() < 40
+    data = balcon.read_into_memory(file_images([tmp_path / "a.png"], 16), 16, math.sqrt(1200))
+    assert data.shapes.tolist() == [[40, 30]]
+    assert (data.pixels[0, :, :, 1:29].int() - 127).abs().max() < 40
 
 
 def test_threads_deliver_batches_in_order(tmp_path):
@@ -622,33 +623,32 @@ def test_unreadable_files_are_left_out_and_named_up_to_a_tenth(tmp_path, capsys)
     train, test = loaded(tmp_path)
     names = {*train.names, *test.names}
     assert len(names) == 37 and not names & broken.keys()
-    assert len(train.unreadable) + len(test.unreadable) == 3
     for data in (train, test):
         assert all(data.classes[label] == name[0] for label, name in zip(data.labels, data.names))
-    assert "a/04.png" in capsys.readouterr().out
+    screen = capsys.readouterr().out
+    assert all(name in screen for name in broken)
     for i in range(6, 16, 2):
         (tmp_path / f"a/{i:02}.png").write_bytes(b"")
     assert "are unreadable" in refused(tmp_path)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "a/04.png").rename(tmp_path / "one/04.png")
+    assert "1 of 1 images are unreadable" in refused(tmp_path / "one")
 
 
 def test_ctrl_c_while_images_are_read_does_not_wait_for_all_of_them(monkeypatch):
     seen = []
 
-    def slowly(file, *least):
+    def slowly(file, side):
         seen.append(file)
         time.sleep(0.01)
+        if len(seen) > 2:  # as where the main thread waits
+            raise KeyboardInterrupt
         return Image.new("RGB", (4, 4))
 
-    def interrupted(stage, images, total):
-        yield next(images)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(balcon, "cores", lambda: 2)
     monkeypatch.setattr(balcon, "read_image", slowly)
-    monkeypatch.setattr(balcon, "progress", interrupted)
     with pytest.raises(KeyboardInterrupt):
         balcon.read_into_memory(file_images(range(200), 16), 16)
-    assert len(seen) < 50
+    assert len(seen) < 100
 
 
 @pytest.mark.parametrize("train, test", [
@@ -679,7 +679,7 @@ ALBUMS = {  # files: [(labels, names) of the training and test images], what is 
     "train/a/1.png  train/b/2.png  val/a/3.png":
         ("train/a/1.png train/b/2.png", [0, 1], None, "val no|folders|of|the|same|classes"),
     "train/a/1.png  train/b/2.png  val/a/3.png  val/b/4.png  test/a/5.png":
-        ("train/a/1.png train/b/2.png", [0, 1], "val/a/3.png val/b/4.png", "val:|test"),
+        ("train/a/1.png train/b/2.png", [0, 1], "val/a/3.png val/b/4.png", ""),
     "2024-05 München/1.png  2024-06/2.png  loose.png":
         ("2024-05|München/1.png 2024-06/2.png loose.png", [-1] * 3, None, "no|labels loose.png"),
     "1.png  2.png": ("1.png 2.png", [-1, -1], None, ""),
@@ -718,7 +718,7 @@ def test_links_directories_hidden_files_and_runs_are_no_photographs(tmp_path, ca
 
 def test_too_many_photographs_for_memory_name_the_data_set_that_streams(tmp_path, monkeypatch):
     put_images(tmp_path, "a/1.png  b/2.png")
-    monkeypatch.setattr(os, "sysconf", lambda name: 40)  # 800 bytes, and 2 · 3 · 8² are needed
+    monkeypatch.setattr(os, "sysconf", lambda name: 40)  # 533 bytes, and 2 · 3 · 8² are needed
     assert len(loaded(tmp_path)[0]) == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # each rank holds all images
     assert "--dataset imagenet" in refused(tmp_path)
@@ -765,9 +765,10 @@ def test_torchvisions_data_sets_are_taken_as_they_are(dataset, side, monkeypatch
         assert data.labels.tolist() == [0, 1, label, 0]
     monkeypatch.setattr(torchvision.datasets, dataset.upper(), Mock(side_effect=OSError))
     assert str(tmp_path) in refused(tmp_path, dataset=dataset)
-    # Class folders in its place: their images must have this size, and are evaluated whole.
+    # Class folders in its place: their images must have one size, and are evaluated whole.
     put_images(tmp_path, "train/a/1.png  train/b/2.png  test/a/3.png  test/b/4.png")
-    assert f"train/a/1.png is not {side}×{side}" in refused(tmp_path, dataset=dataset)
+    Image.new("RGB", (8, 9)).save(tmp_path / "test/b/4.png")
+    assert "squares of one size" in refused(tmp_path, dataset=dataset)
     x = torch.randint(256, (3, side, side), generator=generator(0)).byte()
     for file in tmp_path.rglob("*.png"):
         TF.to_pil_image(x).save(file)
@@ -1516,6 +1517,7 @@ def place(tmp_path_factory):
             folder.mkdir(parents=True, exist_ok=True)
             grey.save(folder / f"{i}.png")
     put_images(root, "wrong size/train/a/0.png  wrong size/train/b/1.png  no train/test/a/2.png")
+    Image.new("RGB", (8, 9)).save(root / "wrong size/train/b/1.png")
     (root / "text.jsonl").write_text("no JSON")
     (root / "mortal.py").write_text(MORTAL)
     torch.save({"backbone": {"weight": torch.zeros(3)}}, root / "foreign.pt")
@@ -1660,8 +1662,7 @@ def test_other_images_are_refused_once_an_epoch_is_finished_and_not_before(
     assert files_in(out) == before
 
 
-def test_baseline_training_export_and_workers_in_one_run(place, run_here, monkeypatch):
-    monkeypatch.setattr(balcon, "cores", lambda: 2)
+def test_baseline_training_export_and_workers_in_one_run(place, run_here):
     run_here(*"""--dataset imagenet --data photos --size 16 --backbone resnet8 --projector 16
         --epochs 2 --batch-size 8 --baseline --workers 2 --k 1 3 5 7 9 --probe-epochs 2
         --probe-batch 16 --lr 0.5 --export streamed.npz --out streamed""".split())
@@ -1746,8 +1747,7 @@ def test_unlabelled_images_train_and_are_shown_but_do_not_vote_and_old_figures_a
 
 def test_other_weights_have_another_folder_with_a_name_of_bearable_length():
     runs = ["", "--alpha 3", "--dataset cifar100", "--dataset folder --data a", "--seed 1",
-            "--dataset folder --data b", *("--projector" + 30 * " 2048" + more
-                                           for more in ("", " 2048", " --seed 1"))]
+            "--dataset folder --data b", "--projector" + 60 * " 2048"]
     folders = [str(balcon.parse_flags(flags.split()).out) for flags in runs]
     assert len(set(folders)) == len(runs) and max(map(len, folders)) < 120
     assert str(balcon.parse_flags(["--k", "9", "--workers", "0"]).out) == folders[0]
@@ -1786,7 +1786,7 @@ BAD = {  # words, after NAME=value for the environment: what the sentence names
     "--loss dcl": "balanced with --lam 1", "--checkpoint newer/last.pt": "of this version",
     "--lambda 4": "--lam", "--lambda=4": "--lam", "--alpah 4": "did you mean --alpha",
     "--datset cifar10": "did you mean --dataset", "--limit 5 --subset text.jsonl": "exclude",
-    "--temperature=0.5": "1 / temperature", "--init resnet18": "--init resnet18 is not a file",
+    "--temperature=0.5": "1 / temperature", "--init resnet18": "cannot read resnet18",
     "--alpha 0": "--alpha 0.0 must be > 0", "--alpha -1": "--alpha -1.0 must be > 0",
     "--lam nan": "--lam nan must be >= 0", "--lr inf": "--lr inf", "--weight-decay -1": "decay",
     "--batch-size 4.5": "--batch-size", "--batch-size 1": "must be >= 2", "--size 0": "--size 0",
@@ -1798,7 +1798,7 @@ BAD = {  # words, after NAME=value for the environment: what the sentence names
     "--backbone resnet19": "did you mean resnet18", "--dataset imagnet": "did you mean imagenet",
     "--dataset=": "--dataset", "--dataset folder --data=": "--data",
     "--dataset folder --data nowhere": "nowhere",
-    "--dataset cifar10 --data wrong{space}size": "train/a/0.png is not 32×32",
+    "--dataset cifar10 --data wrong{space}size": "wrong size are not squares of one size",
     "--dataset folder --data photos --out run1": "run1 holds a run with",
     "--dataset folder --data photos --out photos": "the same folder",
     "--dataset folder --data no{space}train": "no train/train",
@@ -1890,4 +1890,4 @@ def test_an_unreadable_image_of_imagenet_is_one_sentence(place, run_here, tmp_pa
     (data / "train/a/12.png").write_bytes(b"broken")
     flags = "--dataset imagenet --size 16 --backbone resnet8 --epochs 0 --workers 2".split()
     sentence = run_here(*flags, "--data", data, "--out", tmp_path / "run", code=2)
-    assert "train/a/12.png" in sentence and "in its place" in sentence
+    assert "train/a/12.png" in sentence
