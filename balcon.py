@@ -263,7 +263,7 @@ def color_jitter(x, t):
 
 
 def turn_hue(x, turn):
-    """x: [n, 3, H, W]; turn: [n, 1, 1, 1], in turns of the colour circle.
+    """x: [n, 3, H, W]; turn: [n, 1, 1, 1], in turns of the colour circle, at most a sixth.
 
     Hue (as in HSV) runs from 0 to 6 around the circle: red is 0, green 2, blue 4. The brightest
     channel tells which of these is nearest, the difference of the other two how far away it is.
@@ -275,7 +275,7 @@ def turn_hue(x, turn):
     hue = torch.where(value == red, green - blue, hue) / chroma.clamp(min=1e-12)
     # Back to RGB: a channel is brightest up to a distance of 1 from its own hue, darkest from 2 on.
     own_hue = torch.arange(0, 6, 2, device=x.device)[:, None, None]
-    distance = ((hue + 6 * turn) % 6 - own_hue).abs()  # [n, 3, H, W]
+    distance = (hue + 6 * turn - own_hue).abs()  # [n, 3, H, W], at most 6
     distance = distance.minimum(6 - distance)  # the shorter way around the circle
     return value.lerp(lowest, (distance - 1).clamp_(0, 1))
 

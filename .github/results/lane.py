@@ -30,6 +30,7 @@ ADDED = {  # stage A1b, added when A1 was known: αλ = 16 and 32, and the decou
     ("balanced", 16, 1): 0.8, ("balanced", 8, 1): 0.8}
 EXTRA = {("balanced", 32, 1): 0.4}  # stage A1c, added when A2b had two rows: 16 was an edge
 EDGES = {("balanced", 16, 2): 0.8, ("balanced", 64, 1): 1.6}  # stage A1d: both edges, once more
+LAM_ALONE = [("balanced", 8, 1), ("balanced", 4, 1)]  # stage A2c, added when A2b lacked one run
 SEARCHES = {"A1": METHODS, "A1b": ADDED, "A1c": EXTRA, "A1d": EDGES}
 
 
@@ -48,6 +49,11 @@ def rates_of(method, rows):
     prefix = f"{stage}-{loss}-a{alpha}-l{lam}-lr"
     return {float(name[len(prefix):-3]): row["linear"] for name, row in rows.items()
             if name.startswith(prefix)}
+
+
+def best_rate(method, rows):
+    rates = rates_of(method, rows)
+    return max(rates, key=rates.get)
 
 
 def search(stage, rows):
@@ -77,10 +83,9 @@ def finalists(methods, rows):
     """{(loss, λ = 1): (method, rate) of the best}: SimCLR, balanced, and the decoupled loss."""
     best = {}
     for method in methods:
-        rates = rates_of(method, rows)
-        rate = max(rates, key=rates.get)
+        rate = best_rate(method, rows)
         kind = method[0], method[2] == 1
-        best[kind] = max(best.get(kind, (0,)), (rates[rate], method, rate))
+        best[kind] = max(best.get(kind, (0,)), (rates_of(method, rows)[rate], method, rate))
     return {kind: found[1:] for kind, found in best.items()}
 
 
@@ -125,7 +130,9 @@ def plan(rows):
     b = [run_of("B", (loss, 8, 4), rate, 0, 20, " --save-every 2")
          for rate in (0.4, 0.2) for loss in ("ntxent", "balanced")]
     third = [run_of("A3b", *decoupled, seed, 20) for seed in range(3)]
-    runs += twenty[:2] + third[:1] + twenty[2:] + third[1:] + b
+    alone = [run_of("A2c", method, best_rate(method, rows), seed, 4)
+             for method in LAM_ALONE for seed in range(3)]
+    runs += twenty[:2] + third[:1] + alone + twenty[2:] + third[1:] + b
     return [run for run in runs if run["id"] not in rows]
 
 

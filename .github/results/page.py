@@ -404,6 +404,7 @@ def pairs():
              "A2b": (best.get("balanced"), best.get("SimCLR")),
              "A2b/DCL": (best.get("balanced"), best.get("DCL")),
              "strongest": (strongest("balanced"), strongest("DCL")),
+             "strongest/SimCLR": (strongest("balanced"), best.get("SimCLR")),
              "DCL": (strongest("DCL"), best.get("SimCLR")),
              "A3": (twenty.get("balanced"), twenty.get("SimCLR")),
              "A3b": (twenty.get("balanced"), decoupled.get("DCL"))}
@@ -413,8 +414,8 @@ def pairs():
 def pair_figures():
     """Evidence, n, interval and verdict of each comparison."""
     found = {}
-    is_unfinished = any(run["stage"] < "A3" for run in lane.plan(stage_runs("A")))
-    for name in ("A2", "A2b", "A2b/DCL", "strongest", "DCL", "A3", "A3b"):
+    is_unfinished = any(run["stage"] < "A2c" for run in lane.plan(stage_runs("A")))
+    for name in ("A2", "A2b", "A2b/DCL", "strongest", "strongest/SimCLR", "DCL", "A3", "A3b"):
         parts = dict.fromkeys(("evidence", "n", "interval", "difference"), "not run yet")
         parts["verdict"] = "open"
         if name in pairs():
@@ -429,6 +430,23 @@ def pair_figures():
                 parts["verdict"] += " (provisional: planned runs are missing)"
             parts["difference"] = "{evidence}: {interval}, {verdict}".format(**parts)
         found |= {f"{name}/{part}": text for part, text in parts.items()}
+    return found
+
+
+def lam_alone():
+    """λ = 2 minus λ = 1 of Eq. 17 at one α, each at the best rate of its search, test images."""
+    found, searched = {}, stage_runs("A1")
+    for alpha in (4, 8, 16):
+        names = {}
+        for lam in (2, 1):
+            method = "balanced", alpha, lam
+            pair = {lam: (method, lane.best_rate(method, searched))}
+            for seeds in (3, 6):
+                names |= rows_with_seeds(pair, ("A2", "A2b", "A2c"), seeds, 4)
+        found[f"alone/{alpha}"] = "not run yet"
+        if len(names) == 2:
+            found[f"alone/{alpha}"] = (f"{compared(names[2], names[1], 'linear')}, "
+                                       f"{verdict_of(names[2], names[1], 'linear')}")
     return found
 
 
@@ -458,7 +476,7 @@ def as_planned():
 
 def question_figures():
     found = {f"{stage}/runs": str(len(select(stage=stage)))
-             for stage in (*lane.SEARCHES, "A2", "A2b", "A3", "A3b", "B")}
+             for stage in (*lane.SEARCHES, "A2", "A2b", "A2c", "A3", "A3b", "B")}
     searched = stage_runs("A1")
     for kind, (method, rate) in best_of_search("A1d").items():
         found[f"best/{kind}"] = method_of(dict(zip(("loss", "alpha", "lam"), method)))
@@ -476,7 +494,7 @@ def question_figures():
     found["ahead/16-2"] = number(best("balanced", 16, 2) - best("balanced", 8, 2))
     for alpha in (4, 8, 16):
         found[f"lam/{alpha}"] = number(best("balanced", alpha, 2) - best("balanced", alpha, 1))
-    return found | pair_figures() | new_seeds() | {"A2/as planned": as_planned()}
+    return found | pair_figures() | lam_alone() | new_seeds() | {"A2/as planned": as_planned()}
 
 
 # ------------------------------------------ question C ---------------------------------------
@@ -815,7 +833,8 @@ TABLES = {
     **{name: functools.partial(rows_of, name) for name in ROW_TABLES},
     "first": first_rows, "main": main_rows, "own": own_rows, "leads": lead_rows,
     **{stage: functools.partial(validation_rows, stage) for stage in lane.SEARCHES},
-    **{stage: functools.partial(stage_rows, stage) for stage in ("A2", "A2b", "A3", "A3b", "B")},
+    **{stage: functools.partial(stage_rows, stage)
+       for stage in ("A2", "A2b", "A2c", "A3", "A3b", "B")},
     "C": c_rows, "C theory": c_theory_rows, "C bias": c_bias_rows,
     "validation": functools.partial(preset_rates, "V"),
     "strong": functools.partial(preset_rates, "VS"), "board": board_rows, "speed": speed_rows,

@@ -119,7 +119,7 @@ def values(name, field):
 
 # ------------------------------------------ spread over seeds ----------------------------------
 def comparable(run):
-    length = run.get("stage", "").removesuffix("b") or run.get("epochs")  # a stage has one
+    length = run.get("stage", "").rstrip("bc") or run.get("epochs")  # a stage has one
     return run.get("preset"), length
 
 

@@ -548,7 +548,7 @@ def with_rows(monkeypatch):
 
 def test_stages_say_that_they_have_not_run(with_rows):
     with_rows()
-    for stage in ("A1", "A1b", "A1c", "A1d", "A2", "A2b", "A3", "A3b", "B"):
+    for stage in ("A1", "A1b", "A1c", "A1d", "A2", "A2b", "A2c", "A3", "A3b", "B"):
         assert page.TABLES[stage]() == page.NOT_YET
 
 
@@ -649,6 +649,17 @@ def test_the_pairs_follow_the_search(with_rows, monkeypatch):
     assert found["A2b/DCL/difference"].startswith("balanced (8, 2) over DCL at τ = 1/64: 6.00 [")
     assert found["strongest/difference"].startswith("balanced (8, 2) over DCL at τ = 1/8: 5.00 [")
     assert found["DCL/difference"].startswith("DCL at τ = 1/8 over SimCLR at τ = 1/16: −1.00 [")
+
+
+def test_lam_alone_is_compared_at_one_temperature_each_cell_at_its_best_rate(with_rows):
+    alone = lane_rows("A2c", 4, balanced_8_1=("0.8", [64, 65, 66]), balanced_4_1=("0.8", [60, 61]))
+    planned = searched("A1", {("ntxent", 16, 1): 61, ("balanced", 4, 2): 60, ("balanced", 4, 1): 59})
+    with_rows(planned, TWO, WIDER, SECOND, alone, searched("A1d", {}))
+    found = page.lam_alone()
+    # The squares of A2, of A2b (none) and of A2c, 2 + 0.5, and their degrees of freedom, by rows.
+    half = page.t_quantile(24 + 3) * math.sqrt((12 + 2.5) / 27 * (1 / 6 + 1 / 3))
+    assert found["alone/8"] == f"0.00 [{-half:.2f}, {half:.2f}], open".replace("[-", "[−")
+    assert found["alone/4"] == found["alone/16"] == "not run yet"  # two seeds, and none of (16, 2)
 
 
 def test_what_was_noticed_is_confirmed_by_new_seeds_alone(with_rows):
@@ -816,17 +827,19 @@ def test_the_lane_searches_rates_then_trains_the_finalists_then_looks_at_added_c
     assert rest[12:15] == [f"A1c-balanced-a32-l1-lr{rate}-s0" for rate in ("0.4", "0.2", "0.8")]
     assert rest[15:17] == ["A3-ntxent-a8-l1-lr0.8-s0", "A3-balanced-a8-l2-lr0.8-s0"]
     assert rest[17] == "A3b-balanced-a4-l1-lr0.8-s0"
-    assert [name[:2] for name in rest[18:]] == ["A3"] * 6 + ["B-"] * 4
+    assert rest[18:24] == [f"A2c-balanced-a{alpha}-l1-lr0.8-s{seed}"
+                           for alpha in (8, 4) for seed in range(3)]
+    assert [name[:2] for name in rest[24:]] == ["A3"] * 6 + ["B-"] * 4
     seeds = "A2b-balanced-a32-l1-lr0.4-s{0} A2b-balanced-a16-l2-lr0.8-s{0}".split()
     for best, more in ((60, []), (71, [seeds[0].format(seed) for seed in range(6)])):
         search("A1c", lane.EXTRA, {("balanced", 32, 1): best})
         now = names()[18:]
-        assert now[:12] == rest[:12] and now[12:-19] == more
-        assert now[-19:-13] == [run["id"] for run in lane.search("A1d", rows)]
+        assert now[:12] == rest[:12] and now[12:-25] == more
+        assert now[-25:-19] == [run["id"] for run in lane.search("A1d", rows)]
     search("A1d", lane.EDGES, {("balanced", 16, 2): 61, ("balanced", 64, 1): 70})
     now = names()[18:]
-    assert now[12:-13] == more + [seeds[1].format(seed) for seed in range(6)]
-    assert now[-13:] == rest[-13:]  # those of 20 epochs are the best of A1 and A1b
+    assert now[12:-19] == more + [seeds[1].format(seed) for seed in range(6)]
+    assert now[-19:] == rest[-19:]  # those of 20 epochs are the best of A1 and A1b
 
 
 @pytest.mark.parametrize("question", [lane, question_c])
