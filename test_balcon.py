@@ -818,7 +818,8 @@ def test_backbones_are_torchvisions_and_init_takes_the_weights_that_fit(name, bl
                 ("module.", "backbone.", "encoder.", "module.encoder_q.")]  # DDP, MoCo
     prefixed += [{f"{prefix}{key}": weight for key, weight in numbers.items()} for prefix in
                  ("backbone.", "model.backbone.", "")]  # lightly
-    more = {"projection_head.0.weight": torch.zeros(3, 3), "queue": torch.zeros(2)}
+    more = {"projection_head.0.weight": torch.zeros(3, 3), "queue": torch.zeros(2),
+            **{f"module.encoder_k.{key}": 0 * weight for key, weight in weights.items()}}
     own = {"backbone": given.state_dict(), "projector": {}, "epoch": 3}
     for content in (weights, own, {"model": weights},
                     *({"state_dict": state | more} for state in prefixed)):

@@ -654,11 +654,12 @@ def test_the_pairs_follow_the_search(with_rows, monkeypatch):
 def test_lam_alone_is_compared_at_one_temperature_each_cell_at_its_best_rate(with_rows):
     alone = lane_rows("A2c", 4, balanced_8_1=("0.8", [64, 65, 66]), balanced_4_1=("0.8", [60, 61]))
     planned = searched("A1", {("ntxent", 16, 1): 61, ("balanced", 4, 2): 60, ("balanced", 4, 1): 59})
-    with_rows(planned, TWO, WIDER, SECOND, alone, searched("A1d", {}))
+    second = lane_rows("A2b", 4, balanced_8_2=("0.8", [65.0] * 6))
+    with_rows(planned, TWO, WIDER, second, alone, searched("A1d", {}))
     found = page.lam_alone()
     # The squares of A2, of A2b (none) and of A2c, 2 + 0.5, and their degrees of freedom, by rows.
-    half = page.t_quantile(24 + 3) * math.sqrt((12 + 2.5) / 27 * (1 / 6 + 1 / 3))
-    assert found["alone/8"] == f"0.00 [{-half:.2f}, {half:.2f}], open".replace("[-", "[−")
+    half = page.t_quantile(14 + 5 + 3) * math.sqrt((12 + 2.5) / 22 * (1 / 6 + 1 / 3))
+    assert found["alone/8"] == f"0.00 [−{half:.2f}, {half:.2f}], open"
     assert found["alone/4"] == found["alone/16"] == "not run yet"  # two seeds, and none of (16, 2)
 
 
