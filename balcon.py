@@ -63,7 +63,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop, rg
 # Part 1: the method. From the loss to an evaluated encoder. Of part 3 it uses `rng`, a random
 # generator made from a key; `to_device`; `rank_share`, `gather_rows` and `distribute`, by which
 # processes divide work and join its results; `progress`, the time left; `Session`, which logs,
-# saves and resumes pretraining, `save` and `resume`, which do so for the classifier.
+# saves and resumes; `classifier_epochs`, which saves and resumes the classifier.
 # ==========================================================================================
 
 # ----------------------------------------- losses -----------------------------------------
@@ -564,11 +564,7 @@ def train_on_crops(backbone, width, train, cfg):
     optimizer = optimizer_class(classifier.parameters(), lr=peak, momentum=0.9)
     side = train.size or train.pixels.shape[-1]  # CIFAR and STL-10 are evaluated as they are
     views = Views(["flip"], side, (0.08, 1.0))
-    path = cfg.out / "classifier.pt"
-    made_by = {"settings": values_of(cfg, DEPENDS["linear"]), "backbone": before,
-               "images": cfg.images_digest}
-    first_epoch = resume(path, made_by, classifier=classifier, optimizer=optimizer)["epoch"]
-    for epoch in range(first_epoch, cfg.probe_epochs):
+    for epoch in classifier_epochs(cfg, before, classifier=classifier, optimizer=optimizer):
         order = torch.randperm(len(train), generator=rng(cfg.seed, "classifier", epoch))
         chunks = order.split(batch)
         batches = train.batches(enumerate(chunks), views,
@@ -585,7 +581,6 @@ def train_on_crops(backbone, width, train, cfg):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        save(path, {**made_by, "epoch": epoch + 1}, classifier=classifier, optimizer=optimizer)
     assert digest(backbone) == before, "the classifier's training changed the backbone"
     return classifier
 
@@ -1175,6 +1170,16 @@ class Session:
         if self.cfg.save_every and epoch % self.cfg.save_every == 0:
             save(self.cfg.out / f"epoch{epoch:04}.pt", state, **self.encoder)
         save(self.cfg.out / "last.pt", state, **self.encoder, optimizer=self.optimizer)
+
+
+def classifier_epochs(cfg, backbone_digest, **parts):
+    """Yields the epochs that the classifier on crops still needs; saves its parts after each."""
+    path = cfg.out / "classifier.pt"
+    made_by = {"settings": values_of(cfg, DEPENDS["linear"]), "backbone": backbone_digest,
+               "images": cfg.images_digest}
+    for epoch in range(resume(path, made_by, **parts)["epoch"], cfg.probe_epochs):
+        yield epoch
+        save(path, {**made_by, "epoch": epoch + 1}, **parts)
 
 
 def save(path, state, **parts):

@@ -443,10 +443,11 @@ def lam_alone():
             pair = {lam: (method, lane.best_rate(method, searched))}
             for seeds in (3, 6):
                 names |= rows_with_seeds(pair, ("A2", "A2b", "A2c"), seeds, 4)
-        found[f"alone/{alpha}"] = "not run yet"
+        interval, judged = "not run yet", ""
         if len(names) == 2:
-            found[f"alone/{alpha}"] = (f"{compared(names[2], names[1], 'linear')}, "
-                                       f"{verdict_of(names[2], names[1], 'linear')}")
+            interval = compared(names[2], names[1], "linear")
+            judged = ", " + verdict_of(names[2], names[1], "linear")
+        found |= {f"alone/{alpha}": interval + judged, f"alone/{alpha}/interval": interval}
     return found
 
 
