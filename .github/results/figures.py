@@ -1,7 +1,6 @@
 """Draws product.svg, bounds.svg and answer.svg. Needs matplotlib."""
 import numpy as np
-from lane import SEARCHES
-from page import CONTROLS, tested
+from page import CONTROLS, KINDS, tested_rows
 from runs import HERE, LOSSES, NAMES, grid, method_of, row, select, spread, values
 from stats import half_width
 
@@ -35,9 +34,9 @@ def bounds_figure(new_figure):
 
 def answer_points():
     """[(label, colour, face, mean, half of the 95 % interval)]: preset H, 4 epochs, test; A2's rows
-    in place of older ones of the same method. Filled: τ and rate were searched, six seeds."""
+    in place of older ones of the same method. Filled: the rate was searched, three or six seeds."""
     points = []
-    searched = {name for stage in SEARCHES for name in tested(stage).values()}
+    searched = {name for kind in KINDS.values() for name in tested_rows(kind)}
     for name in CONTROLS[::-1]:
         points.append((row(name)[0]["method"], "C7", "C7", values(name, "linear")[0], 0))
     chosen = {(run["loss"], run["alpha"], run["lam"]): run["row"]

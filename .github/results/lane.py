@@ -30,7 +30,7 @@ ADDED = {  # stage A1b, added when A1 was known: αλ = 16 and 32, and the decou
     ("balanced", 16, 1): 0.8, ("balanced", 8, 1): 0.8}
 EXTRA = {("balanced", 32, 1): 0.4}  # stage A1c, added when A2b had two rows: 16 was an edge
 EDGES = {("balanced", 16, 2): 0.8, ("balanced", 64, 1): 1.6}  # stage A1d: both edges, once more
-LAM_ALONE = [("balanced", 8, 1), ("balanced", 4, 1)]  # stage A2c, added when A2b lacked one run
+WARMER = [("balanced", 8, 1), ("ntxent", 8, 1), ("balanced", 4, 1)]  # stage A2c, added after A2b
 SEARCHES = {"A1": METHODS, "A1b": ADDED, "A1c": EXTRA, "A1d": EDGES}
 
 
@@ -130,9 +130,9 @@ def plan(rows):
     b = [run_of("B", (loss, 8, 4), rate, 0, 20, " --save-every 2")
          for rate in (0.4, 0.2) for loss in ("ntxent", "balanced")]
     third = [run_of("A3b", *decoupled, seed, 20) for seed in range(3)]
-    alone = [run_of("A2c", method, best_rate(method, rows), seed, 4)
-             for method in LAM_ALONE for seed in range(3)]
-    runs += twenty[:2] + third[:1] + alone + twenty[2:] + third[1:] + b
+    warmer = [run_of("A2c", method, best_rate(method, rows), seed, 4)
+              for method in WARMER for seed in range(3)]
+    runs += twenty[:2] + third[:1] + warmer + twenty[2:] + third[1:] + b
     return [run for run in runs if run["id"] not in rows]
 
 

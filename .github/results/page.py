@@ -240,20 +240,17 @@ def scale_text(name):
 
 
 def first_rows():
-    """README's first table: the best cells of each search, by their test accuracy."""
-    rows = [["loss", "τ", "λ", "search", "linear, %", "minus SimCLR [95 %]"],
-            ["untrained", "", "", "", show(row("own-untrained"), "linear"), ""]]
-    searched = {}
-    for place, stage in enumerate(lane.SEARCHES, 1):
-        for kind, name in tested(stage).items():
-            searched.setdefault(name, (kind, place))
-    simclr = tested()["SimCLR"]
-    for name in sorted(searched, key=lambda name: np.mean(values(name, "linear"))):
-        run, (kind, place) = row(name)[0], searched[name]
-        lead = [] if kind == "SimCLR" else [compared(name, simclr, "linear"),
-                                            verdict_of(name, simclr, "linear")]
-        rows.append([kind, f"1/{run['alpha']:g}", f"{run['lam']:g}", str(place),
-                     show(row(name), "linear"), ", ".join(lead)])
+    """README's first table: all cells that were tested at a searched rate, the best last."""
+    best = strongest("DCL")
+    rows = [["loss", "τ", "λ", "seeds", "linear, %", f"minus {method_of(row(best)[0])} [95 %]"],
+            ["untrained", "", "", "1", show(row("own-untrained"), "linear"), ""]]
+    kinds = {name: kind for kind in KINDS.values() for name in tested_rows(kind)}
+    for name in sorted(kinds, key=lambda name: np.mean(values(name, "linear"))):
+        run = row(name)[0]
+        lead = "" if name == best else (f"{compared(name, best, 'linear')}, "
+                                        f"{verdict_of(name, best, 'linear')}")
+        rows.append([kinds[name], f"1/{run['alpha']:g}", f"{run['lam']:g}", show(row(name), "runs"),
+                     show(row(name), "linear"), lead])
     return rows
 
 
@@ -389,10 +386,27 @@ def tested(last="A1d"):
     return names
 
 
+def at_its_rate(method):
+    """The row of A2, A2b or A2c of this method at the best rate of its search, with three or six
+    seeds, or None."""
+    searched, names = stage_runs("A1"), {}
+    if lane.rates_of(method, searched):
+        for seeds in (3, 6):
+            pair = {"row": (method, lane.best_rate(method, searched))}
+            names |= rows_with_seeds(pair, ("A2", "A2b", "A2c"), seeds, 4)
+    return names.get("row")
+
+
+def tested_rows(kind):
+    """The rows of this kind that were tested at a searched rate, the best by its test first."""
+    methods = [method for method in lane.methods_until("A1d")
+               if KINDS.get((method[0], method[2] == 1)) == kind]
+    names = filter(None, map(at_its_rate, methods))
+    return sorted(names, key=lambda name: -np.mean(values(name, "linear")))
+
+
 def strongest(kind):
-    """The row of this kind with the best test accuracy, of those that a search chose."""
-    names = {tested(stage)[kind] for stage in lane.SEARCHES if kind in tested(stage)}
-    return max(names, key=lambda name: np.mean(values(name, "linear")), default=None)
+    return next(iter(tested_rows(kind)), None)
 
 
 def pairs():
@@ -404,8 +418,8 @@ def pairs():
              "A2b": (best.get("balanced"), best.get("SimCLR")),
              "A2b/DCL": (best.get("balanced"), best.get("DCL")),
              "strongest": (strongest("balanced"), strongest("DCL")),
-             "strongest/SimCLR": (strongest("balanced"), best.get("SimCLR")),
-             "DCL": (strongest("DCL"), best.get("SimCLR")),
+             "strongest/SimCLR": (strongest("balanced"), strongest("SimCLR")),
+             "DCL": (strongest("DCL"), strongest("SimCLR")),
              "A3": (twenty.get("balanced"), twenty.get("SimCLR")),
              "A3b": (twenty.get("balanced"), decoupled.get("DCL"))}
     return {name: pair for name, pair in found.items() if None not in pair}
@@ -435,18 +449,13 @@ def pair_figures():
 
 def lam_alone():
     """λ = 2 minus λ = 1 of Eq. 17 at one α, each at the best rate of its search, test images."""
-    found, searched = {}, stage_runs("A1")
+    found = {}
     for alpha in (4, 8, 16):
-        names = {}
-        for lam in (2, 1):
-            method = "balanced", alpha, lam
-            pair = {lam: (method, lane.best_rate(method, searched))}
-            for seeds in (3, 6):
-                names |= rows_with_seeds(pair, ("A2", "A2b", "A2c"), seeds, 4)
+        two, one = at_its_rate(("balanced", alpha, 2)), at_its_rate(("balanced", alpha, 1))
         interval, judged = "not run yet", ""
-        if len(names) == 2:
-            interval = compared(names[2], names[1], "linear")
-            judged = ", " + verdict_of(names[2], names[1], "linear")
+        if two and one:
+            interval = compared(two, one, "linear")
+            judged = ", " + verdict_of(two, one, "linear")
         found |= {f"alone/{alpha}": interval + judged, f"alone/{alpha}/interval": interval}
     return found
 
@@ -479,6 +488,8 @@ def question_figures():
     found = {f"{stage}/runs": str(len(select(stage=stage)))
              for stage in (*lane.SEARCHES, "A2", "A2b", "A2c", "A3", "A3b", "B")}
     searched = stage_runs("A1")
+    words = "no one two three four five".split()
+    found |= {f"tested/{kind}": words[len(tested_rows(kind))] for kind in KINDS.values()}
     for kind, (method, rate) in best_of_search("A1d").items():
         found[f"best/{kind}"] = method_of(dict(zip(("loss", "alpha", "lam"), method)))
         found[f"best/{kind}/linear"] = number(lane.rates_of(method, searched)[rate])

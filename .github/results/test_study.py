@@ -619,9 +619,10 @@ def test_the_pairs_follow_the_search(with_rows, monkeypatch):
     assert found["A2b/DCL/difference"].startswith("balanced (8, 2) over DCL at τ = 1/8: 5.00 [")
     rows = page.first_rows()
     assert rows[1][0] == "untrained" and [cells[:5] for cells in rows[2:]] == [
-        ["DCL", "1/8", "1", "2", "60.00"], ["SimCLR", "1/16", "1", "1", "61.00"],
-        ["balanced", "1/4", "2", "1", "64.00"], ["balanced", "1/8", "2", "2", "65.00"]]
-    assert rows[2][5].startswith("−1.00 [") and rows[2][5].endswith("worse") and not rows[3][5]
+        ["DCL", "1/8", "1", "6", "60.00"], ["SimCLR", "1/16", "1", "6", "61.00"],
+        ["balanced", "1/4", "2", "6", "64.00"], ["balanced", "1/8", "2", "6", "65.00"]]
+    assert rows[0][5] == "minus DCL at τ = 1/8 [95 %]" and not rows[2][5]
+    assert rows[3][5].startswith("1.00 [") and rows[3][5].endswith("better")
     ended = [searched(stage, {}) for stage in ("A1c", "A1d")]
     with_rows(PLANNED, TWO, WIDER, SECOND, *ended)
     assert page.pair_figures()["A2b/DCL/verdict"] == "better"
@@ -641,7 +642,7 @@ def test_the_pairs_follow_the_search(with_rows, monkeypatch):
     assert found["A2b/DCL/interval"].startswith("−1.00 [") and found["A2b/DCL/verdict"] == "worse"
     assert found["A3/difference"].startswith("balanced (8, 2) over SimCLR at τ = 1/16: 0.10 [")
     assert found["A3/verdict"] == "level" and found["A3/n"] == "3, 3"
-    assert ["DCL", "1/64", "1", "4", "66.00"] in [cells[:5] for cells in page.first_rows()]
+    assert ["DCL", "1/64", "1", "6", "66.00"] in [cells[:5] for cells in page.first_rows()]
     assert found["A3b/verdict"] == "worse" and len(page.stage_rows("A3")) == 3
     cold = lane_rows("A2b", 4, balanced_64_1=("1.6", [59.0] * 6))  # below DCL at 1/8
     with_rows(PLANNED, TWO, WIDER, SECOND, *ended, cold)
@@ -649,6 +650,22 @@ def test_the_pairs_follow_the_search(with_rows, monkeypatch):
     assert found["A2b/DCL/difference"].startswith("balanced (8, 2) over DCL at τ = 1/64: 6.00 [")
     assert found["strongest/difference"].startswith("balanced (8, 2) over DCL at τ = 1/8: 5.00 [")
     assert found["DCL/difference"].startswith("DCL at τ = 1/8 over SimCLR at τ = 1/16: −1.00 [")
+
+
+def test_the_words_of_the_pages_beside_their_figures_are_true():
+    """What README's first screen and RESULTS' answer say of the order, by the runs that are there."""
+    found = page.pair_figures()
+    assert page.strongest("balanced") == "A2b-balanced-a8-l2-lr0.8"
+    assert page.strongest("DCL") == "A2-balanced-a16-l1-lr0.8"
+    assert page.strongest("SimCLR") == "A2-ntxent-a16-l1-lr0.8"
+    assert len(page.tested_rows("balanced")) == 3  # "the other two trail that DCL"
+    dcl = np.mean(runs.values(page.strongest("DCL"), "linear"))
+    assert all(np.mean(runs.values(name, "linear")) < dcl
+               for name in page.tested_rows("balanced")[1:])
+    assert found["A2/verdict"] == "level" and found["A2b/verdict"].startswith("better")
+    assert page.best_of_search("A1d")["balanced"][0] == ("balanced", 16, 2)
+    assert page.best_of_search("A1d")["DCL"][0] == ("balanced", 32, 1)
+    assert len(runs.select(stage="A3")) == 1  # "the planned pair is to come"
 
 
 def test_lam_alone_is_compared_at_one_temperature_each_cell_at_its_best_rate(with_rows):
@@ -828,19 +845,19 @@ def test_the_lane_searches_rates_then_trains_the_finalists_then_looks_at_added_c
     assert rest[12:15] == [f"A1c-balanced-a32-l1-lr{rate}-s0" for rate in ("0.4", "0.2", "0.8")]
     assert rest[15:17] == ["A3-ntxent-a8-l1-lr0.8-s0", "A3-balanced-a8-l2-lr0.8-s0"]
     assert rest[17] == "A3b-balanced-a4-l1-lr0.8-s0"
-    assert rest[18:24] == [f"A2c-balanced-a{alpha}-l1-lr0.8-s{seed}"
-                           for alpha in (8, 4) for seed in range(3)]
-    assert [name[:2] for name in rest[24:]] == ["A3"] * 6 + ["B-"] * 4
+    assert rest[18:27] == [f"A2c-{name}-l1-lr0.8-s{seed}" for name in (
+        "balanced-a8", "ntxent-a8", "balanced-a4") for seed in range(3)]
+    assert [name[:2] for name in rest[27:]] == ["A3"] * 6 + ["B-"] * 4
     seeds = "A2b-balanced-a32-l1-lr0.4-s{0} A2b-balanced-a16-l2-lr0.8-s{0}".split()
     for best, more in ((60, []), (71, [seeds[0].format(seed) for seed in range(6)])):
         search("A1c", lane.EXTRA, {("balanced", 32, 1): best})
         now = names()[18:]
-        assert now[:12] == rest[:12] and now[12:-25] == more
-        assert now[-25:-19] == [run["id"] for run in lane.search("A1d", rows)]
+        assert now[:12] == rest[:12] and now[12:-28] == more
+        assert now[-28:-22] == [run["id"] for run in lane.search("A1d", rows)]
     search("A1d", lane.EDGES, {("balanced", 16, 2): 61, ("balanced", 64, 1): 70})
     now = names()[18:]
-    assert now[12:-19] == more + [seeds[1].format(seed) for seed in range(6)]
-    assert now[-19:] == rest[-19:]  # those of 20 epochs are the best of A1 and A1b
+    assert now[12:-22] == more + [seeds[1].format(seed) for seed in range(6)]
+    assert now[-22:] == rest[-22:]  # those of 20 epochs are the best of A1 and A1b
 
 
 @pytest.mark.parametrize("question", [lane, question_c])
