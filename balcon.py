@@ -1492,7 +1492,8 @@ def find_classes(names, depth, cfg):
         classes, labels = classes[:0], np.full(len(names), -1)
     else:
         shown = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
-        say(f"{len(names)} images of {len(classes)} classes: {shown}")
+        folder = cfg.data.joinpath(*names[0].split("/")[:depth])
+        say(f"{folder}: {len(names)} images of {len(classes)} classes: {shown}")
     return ImageFiles(torch.tensor(labels), np.array(names), classes.tolist(), cfg)
 
 
