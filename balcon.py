@@ -1625,6 +1625,7 @@ def load_data(cfg, device):
             if rank() > 0:
                 sides = len(data), 3, data.shapes.max(), data.shapes.max()
                 data.pixels = torch.empty(sides, dtype=torch.uint8, device=device)
+            data.pixels = data.pixels.contiguous()  # CIFAR's are not; memory is sent as it lies
             dist.broadcast(data.pixels, 0)
     return [*splits, None][:2]
 

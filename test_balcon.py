@@ -62,6 +62,8 @@ def on_a_rank(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     results = {"losses": losses_and_gradients(), "evaluated": evaluated(folder),
                "trained": train_tiny(folder), "with norm": train_tiny(folder, norm=True)}
+    torchvision.datasets.CIFAR10 = TorchvisionData
+    results["CIFAR"] = [data.pixels for data in loaded(folder, dataset="cifar10")]
     torch.save(results, folder / f"{rank}.results")
     dist.destroy_process_group()
 
@@ -753,7 +755,7 @@ class TorchvisionData:
         self.labels = self.targets = np.array([0, 1, -1 if seed == 1 else 1, 0])
         self.classes = ["a", "b"]
         if isinstance(part, bool):
-            self.data = self.data.transpose(0, 2, 3, 1)
+            self.data = self.data.transpose(0, 2, 3, 1).copy()  # channels last also in memory
 
 
 @pytest.mark.parametrize("dataset, side", [("cifar10", 32), ("cifar100", 32), ("stl10", 96)])
@@ -775,6 +777,13 @@ def test_torchvisions_data_sets_are_taken_as_they_are(dataset, side, monkeypatch
     for data in loaded(tmp_path, dataset=dataset):
         (_, got), = data.batches([(0, torch.arange(2))])
         assert_close(got[1], TF.normalize(x / 255, MEAN, STD))
+
+
+def test_each_rank_has_the_pixels_of_the_file_whatever_its_order_in_memory(two_ranks):
+    for results in two_ranks:
+        for pixels, seed in zip(results["CIFAR"], (1, 2)):
+            expected = np.random.default_rng(seed).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
+            assert torch.equal(pixels, torch.tensor(expected))
 
 
 def test_the_projector_and_the_stem_are_the_papers():  # A.3.1, A.4.1
