@@ -15,7 +15,8 @@ Objectives" (TMLR 2025, arXiv 2510.10572). Equation, table and section numbers a
         The paper's ImageNet recipe, for eight GPUs. The paper reports 67.4 % (linear).
 
 Letters, as in the paper:
-    m, d    images in the batch (within a loss: those of this process), dimensions of a projection
+    m       images in the batch; within a loss, those of this process
+    d       dimensions of a projection, or of the backbone's features
     z       projection of a view; z⁺ of the other view of its image, z⁻ of a view of another image
     s       similarity of two projections: cosine, unless --similarity says otherwise
     α       sharpness of the softmax over negatives, the inverse of the temperature τ
@@ -63,7 +64,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop, rg
 # Part 1: the method. From the loss to an evaluated encoder. Of part 3 it uses `rng`, a random
 # generator made from a key; `to_device`; `rank_share`, `gather_rows` and `distribute`, by which
 # processes divide work and join its results; `progress`, the time left; `Session`, which logs,
-# saves and resumes; `classifier_epochs`, which saves and resumes the classifier.
+# saves and resumes; `classifier_epochs`, which saves and resumes the classifier; `digest`, a
+# fingerprint; and the optimizer `LARS`.
 # ==========================================================================================
 
 # ----------------------------------------- losses -----------------------------------------
@@ -83,7 +85,7 @@ def balanced_contrastive_loss(z1, z2, alpha, lam, similarity="cosine", *,
     that of one process with the whole batch. With all_ranks=False each rank computes alone.
 
     SimCLR's form, a cross-entropy of logits α s, is α times this scale, and so is its gradient:
-    multiply an SGD learning rate from the SimCLR literature by α, and divide its decay by α.
+    multiply an SGD learning rate from the SimCLR literature by α, and divide weight decay by α.
 
     With repel_positive=True this is generalized_nt_xent_loss. Raises ValueError for shapes other
     than [m, d], integers, two dtypes, other similarities, α ≤ 0, λ < 0, or a batch of one image.
@@ -167,8 +169,8 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet, also fo
 Views = namedtuple("Views", "names size crop_scale")
 
 
-class Draw(namedtuple("Draw", "key views_in_batch rows")):
-    """The random numbers that make t ~ T for the views `rows` of a batch of `views_in_batch`.
+class Draw(namedtuple("Draw", "key views_in_batch places")):
+    """The random numbers that make t ~ T for the views at `places` of a batch of `views_in_batch`.
 
     They depend only on the key (seed, purpose and step), a name and the view's place in the
     batch. So the same key gives the same t to other images (Eq. 51), and since each rank draws for
@@ -176,13 +178,13 @@ class Draw(namedtuple("Draw", "key views_in_batch rows")):
     """
 
     def uniform(self, name, low, high, *shape):
-        """[rows, *shape], on the CPU. Each name gives independent numbers."""
+        """[len(places), *shape], on the CPU. Each name gives independent numbers."""
         numbers = torch.empty(self.views_in_batch, *shape)
-        return numbers.uniform_(low, high, generator=rng(*self.key, name))[self.rows]
+        return numbers.uniform_(low, high, generator=rng(*self.key, name))[self.places]
 
     def only(self, chosen):
         """t of the chosen views."""
-        return self._replace(rows=self.rows[chosen])
+        return self._replace(places=self.places[chosen])
 
 
 def random_crop_boxes(t, shape, scale):
@@ -265,7 +267,7 @@ def color_jitter(x, t):
 def turn_hue(x, turn):
     """x: [n, 3, H, W]; turn: [n, 1, 1, 1], in turns of the colour circle, at most a sixth.
 
-    Hue (as in HSV) runs from 0 to 6 around the circle: red is 0, green 2, blue 4. The brightest
+    Hue as in HSV, in sixths of the circle: red is 0, green 2, blue 4, red again 6. The brightest
     channel tells which of these is nearest, the difference of the other two how far away it is.
     """
     red, green, blue = x.split(1, 1)
@@ -281,8 +283,8 @@ def turn_hue(x, turn):
 
 
 def gaussian_blur(x, t):
-    """σ from 0.1 to 2 pixels. The kernel's width is 23, SimCLR's tenth of 224 made odd, or 2S − 1,
-    the largest that reflection allows."""
+    """σ from 0.1 to 2 pixels. The kernel's width is 23 (SimCLR's at 224: a tenth, made odd), but at
+    most 2S − 1, which is all that reflection allows."""
     n = len(x)
     radius = min(11, x.shape[-1] - 1)
     sigma = to_device(t.uniform("sigma", 0.1, 2, 1), x.device)  # [n, 1]
@@ -347,8 +349,8 @@ def augment(x, t, names):
 # ----------------------------------------- images -----------------------------------------
 @dataclass(eq=False)
 class Images:
-    """N images in memory. One that is not S × S lies in the upper left corner. Without views an
-    image's central square is resized to `size`; if that is None, the image stays as it is."""
+    """N images in memory. One smaller than S × S lies in the upper left corner. Without views its
+    central square is resized to `size`; if that is None, the image stays as it is."""
     pixels: torch.Tensor  # uint8 [N, 3, S, S] on the device; all else is on the CPU
     shapes: torch.Tensor  # [N, 2], height and width
     labels: torch.Tensor  # [N], −1 if unknown
@@ -408,7 +410,7 @@ class Images:
             x = self.pixels.index_select(0, to_device(rows, self.device)).float()
             shape = self.shapes[rows]
             if views:
-                n = len(t.rows) // len(rows)
+                n = len(t.places) // len(rows)
                 boxes = random_crop_boxes(t, shape.repeat(n, 1), views.crop_scale)
                 boxes = to_device(boxes, self.device).chunk(n)
                 x = torch.cat([crop_resize(x, box, views.size) for box in boxes])
@@ -487,7 +489,7 @@ def pretrain(encoder, train, cfg):
 
 # ----------------------------------------- evaluation -------------------------------------
 def in_chunks(network, x):
-    """network(x), in parts: a CPU is faster on what its cache holds."""
+    """network(x), in parts that the cache of a CPU or the memory of a GPU holds."""
     return torch.cat([network(part) for part in x.split(64 if x.device.type == "cpu" else 512)])
 
 
@@ -594,8 +596,8 @@ def embed(encoder, data, cfg, name, n=1, groups=1, one_t=False):
     """(unit projections, raw projections, backbone features), each [N, groups, d], on every rank:
     means over n / groups views of each image.
 
-    The same name gives the same t to the same row; with one_t all images get the same t. Computed
-    in float32 even where training is not: bfloat16's rounding would add to the distances.
+    The same name and n give the same t to the same row; with one_t all images get the same t. In
+    float32 even where training is not: bfloat16's rounding would add to the distances.
     """
     encoder.eval()
     chunks = torch.arange(len(data)).split(max(1, 512 // n))
@@ -626,12 +628,11 @@ def class_means(x, labels):
 
 
 def mean_norm(differences):
-    """Mean distance between two expectations over T, extrapolated to infinitely many views.
+    """Mean length L of the difference of two expectations over T, as if from infinitely many views.
 
-    differences: [N, 2, d], for each of N images the difference of the two, estimated from the first
-    and from the second half of its K views. Noise adds about c/K to the squared norm L² with K
-    views, for some c, and 2c/K with K/2. So 2(L² + c/K) − (L² + 2c/K) is L² (Richardson
-    extrapolation), if the N norms are similar.
+    differences: [N, 2, d], of each of N images, from the first and from the second half of its K
+    views. With K views noise adds about c/K to L², for some c, with K/2 views 2c/K. So
+    2(L² + c/K) − (L² + 2c/K) is L² (Richardson extrapolation), if the N lengths are similar.
     """
     whole = differences.mean(1).norm(dim=1).mean()
     half = differences.norm(dim=2).mean()
@@ -658,18 +659,18 @@ def measure_bias(encoder, train, cfg):
     data, labels = theory_images(train, cfg)
     shuffled = torch.randperm(len(data), generator=rng(cfg.seed, "pairs"))
     other = torch.empty_like(shuffled)  # [N]: x′, another image of the class
-    for label in data.labels.unique():
+    for label in data.labels.unique():  # of the CPU, as shuffled is
         rows = shuffled[data.labels[shuffled] == label]
         other[rows] = rows.roll(1)
     pairs = to_device(torch.stack([shuffled, shuffled.roll(1)]), data.device)  # random images
-    z = embed(encoder, data, cfg, "bias")
-    z_other = embed(encoder, data.select(other), cfg, "bias")  # the same name: the same t
+    spaces = embed(encoder, data, cfg, "bias")
+    others = embed(encoder, data.select(other), cfg, "bias")  # the same name: the same t
     means = embed(encoder, data, cfg, "mean views", n=cfg.theory_views, groups=2)
     metrics = {}
-    for space, x, x_other, halves in zip(("", "raw_", "features_"), z, z_other, means):
-        random_views = (x[pairs[0]] - x[pairs[1]]).norm(dim=2).mean().item()
+    for space, z, z_other, halves in zip(("", "raw_", "features_"), spaces, others, means):
+        random_views = (z[pairs[0]] - z[pairs[1]]).norm(dim=2).mean().item()
         random_means = mean_norm(halves[pairs[0]] - halves[pairs[1]])
-        metrics[f"{space}eq51"] = (x - x_other).norm(dim=2).mean().item()
+        metrics[f"{space}eq51"] = (z - z_other).norm(dim=2).mean().item()
         metrics[f"{space}eq16"] = eq16(halves, labels)
         metrics[f"{space}eq51_relative"] = metrics[f"{space}eq51"] / max(random_views, 1e-12)
         metrics[f"{space}eq16_relative"] = metrics[f"{space}eq16"] / max(random_means, 1e-12)
@@ -708,22 +709,23 @@ def theorem_sides(anchor, mean_view, bank, labels, alpha):
 
 
 def measure_bounds(encoder, train, cfg):
-    """How tight Theorems 4.4 and 4.6 are: mean gaps, right minus left side (A.4.5, Fig. 6), and the
-    share of images where a bound fails. The mean over t′ is over K views of the image in Theorem
-    4.4, and over the bank, one view of each image, in Theorem 4.6.
+    """How tight Theorems 4.4 and 4.6 are: mean gaps, right minus left side (A.4.5, Fig. 6), and % of
+    images where a bound fails. The mean over t′ is over K = cfg.theory_views views of the image in
+    Theorem 4.4, and over the bank, one view of each image, in Theorem 4.6.
 
     attract_gap, attract_fails    Eq. 8, Theorem 4.4
-    repel_gap, repel_fails        Eq. 10, Theorem 4.6, with a t′ of its own for each bank image
+    repel_gap, repel_fails        Eq. 10, Theorem 4.6, with a t′ of its own for each bank image: the
+                                  mean over t′ is inside the log, so this bound is a weaker one
     printed_gap, printed_fails    Eq. 10 as printed: one t′ for the whole bank, B's mean over K t′
     angle                         mean angle between f(t(x)) and the mean view, in degrees
-    angle_over_90                 share of images with more than 90°, which break Assumption 4.3
+    angle_over_90                 % of images with more than 90°, which break Assumption 4.3
     nu                            smallest ν of all images: λ of Eq. 17 absorbs the factor 1/ν
-    b, b_negative                 B, and the share of images with B < 0
+    b, b_negative                 B, and % of images with B < 0
     """
     data, labels = theory_images(train, cfg)
 
     def projections(name, n=1, one_t=False):
-        return embed(encoder, data, cfg, name, n, one_t=one_t)[0][:, 0]  # [N, d], unit length
+        return embed(encoder, data, cfg, name, n, one_t=one_t)[0][:, 0]  # [N, d], means of n
 
     anchor = projections("anchors")
     mean_view = projections("mean views", cfg.theory_views)
@@ -1607,7 +1609,7 @@ class ImageFiles(Images):
 
         paths = [os.path.join(self.cfg.data, name) for name in self.names[rows.numpy()]]
         images = list(threads.map(read_image, paths))
-        images *= len(t.rows) // len(rows)  # n views of each: first the first view of all
+        images *= len(t.places) // len(rows)  # n views of each: first the first view of all
         shapes = torch.tensor([[image.height, image.width] for image in images])
         boxes = central_boxes(shapes)
         if views:
