@@ -549,7 +549,7 @@ def linear_predict(train_features, train_labels, test_features, l2):
     return F.linear(queries, weight, offset).argmax(1)
 
 
-def train_on_crops(backbone, width, train, cfg):
+def train_classifier(backbone, width, train, cfg):
     """A linear classifier on the frozen backbone (A.3.1, A.4.1), trained in every epoch on a fresh
     crop and flip of each image (ours: the paper names no views here).
 
@@ -709,9 +709,9 @@ def theorem_sides(anchor, mean_view, bank, labels, alpha):
 
 
 def measure_bounds(encoder, train, cfg):
-    """How tight Theorems 4.4 and 4.6 are: mean gaps, right minus left side (A.4.5, Fig. 6), and % of
-    images where a bound fails. The mean over t′ is over K = cfg.theory_views views of the image in
-    Theorem 4.4, and over the bank, one view of each image, in Theorem 4.6.
+    """How tight Theorems 4.4 and 4.6 are: mean gaps, right minus left side (A.4.5, Fig. 6), and in
+    % of images where a bound fails. The mean over t′ is over K = cfg.theory_views views of the
+    image in Theorem 4.4, and over the bank, one view of each image, in Theorem 4.6.
 
     attract_gap, attract_fails    Eq. 8, Theorem 4.4
     repel_gap, repel_fails        Eq. 10, Theorem 4.6, with a t′ of its own for each bank image: the
@@ -1035,7 +1035,7 @@ def linear_accuracy(backbone, features, train, test, cfg):
         predicted = linear_predict(features(train), to_device(train.labels, train.device),
                                    features(test), cfg.probe_l2)
     else:
-        classifier = train_on_crops(backbone, features(test).shape[1], train, cfg)
+        classifier = train_classifier(backbone, features(test).shape[1], train, cfg)
         predicted = classifier(features(test)).argmax(1)
     return {"linear": percent(predicted.cpu() == test.labels)}
 

@@ -945,7 +945,7 @@ def crops_classifier(out, patience=None, moved=0.0, **flags):
     encoder = stub(patience)
     encoder.backbone[0].running_mean += moved
     cfg = settings(out=out, **{"seed": 5} | flags)
-    classifier = balcon.train_on_crops(encoder.backbone, 192, pictures(19, 8), cfg)
+    classifier = balcon.train_classifier(encoder.backbone, 192, pictures(19, 8), cfg)
     (out / "classifier.pt").unlink()  # else the next call would find it finished
     assert all(weight.grad is None for weight in encoder.parameters())
     return classifier, encoder.seen
@@ -1469,7 +1469,7 @@ def test_autocast_is_on_for_bfloat16_and_off_for_float32(precision, tmp_path, mo
     assert features.dtype == torch.float32
     assert_close(features, exact.to(getattr(torch, precision)).float(), 1e-6)
     # The classifier itself is trained in float32, on such features.
-    balcon.train_on_crops(linear, 12, images, settings(out=tmp_path, precision=precision))
+    balcon.train_classifier(linear, 12, images, settings(out=tmp_path, precision=precision))
     monkeypatch.setattr(torch, "autocast", Mock())
     balcon.autocast(torch.device("cuda"), cfg)
     assert torch.autocast.call_args.args[0] == "cuda"
