@@ -871,7 +871,7 @@ def parse_flags(argv=None):
             section.add_argument(as_flag(name), **options, help=meaning + " (default: %(default)s)")
     # The first pass finds --dataset and --checkpoint, which choose the defaults; --help shows them.
     first = parser.parse_known_args(argv)[0]
-    saved = load_file(first.checkpoint).get("config", {}) if first.checkpoint else {}
+    saved = load_file(first.checkpoint).get("config") or {} if first.checkpoint else {}
     if first.checkpoint and set(saved) != set(MAKES_WEIGHTS):
         refuse(f"{first.checkpoint} is no checkpoint of this version; --init takes its weights")
     dataset = saved.get("dataset", "patterns") if first.dataset is None else first.dataset
@@ -907,7 +907,10 @@ def default_out(cfg):
     else:
         words += [f"{key}-{vars(cfg)[key]}" for key in MAKES_WEIGHTS
                   if vars(cfg)[key] != recipe[key]]
-    return "runs/" + re.sub(r"[^\w.]+", "-", "_".join(words))[:100]  # file systems take 255 bytes
+    name = re.sub(r"[^\w.]+", "-", "_".join(words))
+    if len(name.encode()) > 100:  # file systems take 255 bytes
+        name = f"{name[:60]}-{digest([np.array(words)])[:9]}"
+    return f"runs/{name}"
 
 
 def as_flag(name):
@@ -1410,14 +1413,18 @@ def load_backbone(path, backbone):
     for key in ("state_dict", "model", "backbone"):
         given = given[key] if isinstance(given.get(key), dict) else given
     # Names are like "module.encoder_q.layer1.0.conv1.weight", or "backbone.4.0.conv1.weight", of
-    # nn.Sequential(*resnet.children()), with numbers in place of names.
+    # nn.Sequential(*resnet.children()), with numbers in place of names. The first block's first
+    # convolution tells the prefix of all.
+    first_block = re.compile(r"(.*\.|)(layer1|4)\.0\.conv1\.weight")
+    found = filter(None, (first_block.fullmatch(str(key)) for key in given))
+    prefix = next((match[1] for match in found), "")
     names = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
     own, fits = backbone.state_dict(), {}
     for key, weight in given.items():
-        found = re.search(r"(?:^|\.)(conv1|bn1|layer\d|[014567])\.(.+)", key)
-        name = found and f"{names.get(found[1], found[1])}.{found[2]}"
-        if name in own and own[name].shape == weight.shape:
-            fits.setdefault(name, weight)  # of MoCo's two encoders the first
+        first, _, rest = str(key).removeprefix(prefix).partition(".")
+        name = f"{names.get(first, first)}.{rest}"
+        if str(key).startswith(prefix) and name in own and own[name].shape == weight.shape:
+            fits[name] = weight
     require(len(fits) >= len(own) / 2, f"--init {path}: most of its weights do not fit")
     backbone.load_state_dict(fits, strict=False)
     misfits = ", ".join(sorted(own.keys() - fits.keys()))
@@ -1442,7 +1449,8 @@ with contextlib.suppress(ImportError):  # photographs of iPhones
 Image.MAX_IMAGE_PIXELS = None  # photographs of any size
 LONGEST = 3  # × the shorter side: a longer panorama loses its ends, since in memory every image
 # gets the square of the largest one
-ENDINGS = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".heic"}
+ENDINGS = set(".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .avif .heic .heif .jp2 .tga "
+              ".ppm .pgm .pbm".split())
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val",
           "validation": "val", "test": "test", "testing": "test"}
 
@@ -1458,6 +1466,9 @@ def find_photographs(cfg):
     if depth == 0:
         splits["train"] = beside
     elif beside:
+        deep = [name for names in splits.values() for name in names if name.count("/") > 1]
+        require(deep or "/" not in "".join(beside), f"{cfg.data}: is every folder a class? Then "
+                f"rename the one that is called like a split; {beside[0]} lies beside it")
         say(f"left out: {len(beside)} images beside the splits: {beside[0]}")
     require(splits["train"], f"there is no image in {cfg.data / 'train' if depth else cfg.data}: "
             "--data names a folder of images, or one that holds train/<class>/ and val/<class>/")
@@ -1533,6 +1544,7 @@ def read_image(file, side=10 ** 6):
             if image.mode == "F" or image.mode.startswith("I"):
                 raise ValueError(f"{image.mode}: more than 8 bits per channel; convert it to 8")
             image.draft("RGB", (side, side))
+            image.load()  # a damaged file raises here, not below, where odd EXIF may
             with contextlib.suppress(Exception):  # odd EXIF must not reject a photograph
                 image.getexif()
                 image.info.pop("exif", None)  # else it is written anew, which may fail
@@ -1648,7 +1660,7 @@ def read_data(cfg):
         side = cfg.size * math.sqrt(max(1 / (0.75 * cfg.crop_scale[0]), LONGEST / 0.875 ** 2))
         return [read_into_memory(files, cfg.size, math.ceil(side)) for files in splits]
     splits = [read_into_memory(files, None) for files in splits]
-    if any((data.shapes != data.pixels.shape[-1]).any() for data in splits):
+    if any((data.shapes != splits[0].pixels.shape[-1]).any() for data in splits):
         refuse(f"the images in {cfg.data} are not squares of one size: --dataset folder takes any")
     return splits
 
@@ -1853,7 +1865,8 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Greek letters prints "?"
             stream.reconfigure(errors="replace")
-    user_errnos = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR
+    user_errnos = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT,
+                   errno.ENOTDIR, errno.ENAMETOOLONG)
     try:
         cfg = parse_flags(argv)
         check_settings(cfg)

@@ -687,7 +687,8 @@ ALBUMS = {  # files: [(labels, names) of the training and test images], what is 
     "1.png  2.png": ("1.png 2.png", [-1, -1], None, ""),
     "x/1.png  y/2.png": ("x/1.png y/2.png", [0, 1], None, "classes:|x,|y"),  # one image a class
     "x/1.png  x/y/2.png": ("x/1.png x/y/2.png", [-1, -1], None, ""),
-    "train/1.png  train/2.png": ("train/1.png train/2.png", [-1, -1], None, "")}
+    "train/1.png  train/2.png": ("train/1.png train/2.png", [-1, -1], None, ""),
+    "a/1.ppm  b/2.jfif": ("a/1.ppm b/2.jfif", [0, 1], None, "")}
 
 
 @pytest.mark.parametrize("names", ALBUMS)
@@ -700,6 +701,27 @@ def test_messy_folders_are_read_as_meant_and_named_for_what_they_are(names, tmp_
     assert (test and test.names.tolist()) == (test_names and test_names.split())
     screen = capsys.readouterr().out
     assert all(word.replace("|", " ") in screen for word in said.split())
+
+
+def test_a_class_that_is_called_like_a_split_is_no_split(tmp_path):
+    put_images(tmp_path, "apple/1.png  bear/2.png  train/3.png")
+    for dataset in ("folder", "cifar100"):
+        assert "apple/1.png" in refused(tmp_path, dataset=dataset)
+
+
+@pytest.mark.parametrize("orientation", [0, 6])
+def test_a_damaged_photograph_is_unreadable_and_not_partly_black(orientation, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(noise).save(tmp_path / "a.png", exif=exif if orientation else None)
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(OSError):
+        Image.open(tmp_path / "a.png").load()
+    with pytest.raises(balcon.UserError, match="cannot read"):
+        balcon.read_image(tmp_path / "a.png")
 
 
 def test_links_directories_hidden_files_and_runs_are_no_photographs(tmp_path, capsys):
@@ -769,8 +791,10 @@ def test_torchvisions_data_sets_are_taken_as_they_are(dataset, side, monkeypatch
     assert str(tmp_path) in refused(tmp_path, dataset=dataset)
     # Class folders in its place: their images must have one size, and are evaluated whole.
     put_images(tmp_path, "train/a/1.png  train/b/2.png  test/a/3.png  test/b/4.png")
-    Image.new("RGB", (8, 9)).save(tmp_path / "test/b/4.png")
-    assert "squares of one size" in refused(tmp_path, dataset=dataset)
+    for shape in ((8, 9), (9, 9)):
+        Image.new("RGB", shape).save(tmp_path / "test/b/4.png")
+        Image.new("RGB", (9, shape[1])).save(tmp_path / "test/a/3.png")
+        assert "squares of one size" in refused(tmp_path, dataset=dataset)
     x = torch.randint(256, (3, side, side), generator=generator(0)).byte()
     for file in tmp_path.rglob("*.png"):
         TF.to_pil_image(x).save(file)
@@ -824,14 +848,15 @@ def test_backbones_are_torchvisions_and_init_takes_the_weights_that_fit(name, bl
     weights, numbers = given.state_dict(), nn.Sequential(*list(given.children())[:-1]).state_dict()
     given.fc = nn.Identity()
     prefixed = [{f"{prefix}{key}": weight for key, weight in weights.items()} for prefix in
-                ("module.", "backbone.", "encoder.", "module.encoder_q.")]  # DDP, MoCo
+                ("module.", "backbone.", "encoder.", "module.encoder_q.", "1.", "backbone.0.")]
     prefixed += [{f"{prefix}{key}": weight for key, weight in numbers.items()} for prefix in
                  ("backbone.", "model.backbone.", "")]  # lightly
+    before = {"head.bn1.weight": torch.zeros(64), "projector.1.bias": torch.zeros(64)}
     more = {"projection_head.0.weight": torch.zeros(3, 3), "queue": torch.zeros(2),
             **{f"module.encoder_k.{key}": 0 * weight for key, weight in weights.items()}}
     own = {"backbone": given.state_dict(), "projector": {}, "epoch": 3}
     for content in (weights, own, {"model": weights},
-                    *({"state_dict": state | more} for state in prefixed)):
+                    *({"state_dict": before | state | more} for state in prefixed)):
         backbone = built_from(content, tmp_path, "--backbone", name)
         assert str(backbone) == str(given)
         assert_close(backbone.eval()(x), given.eval()(x))
@@ -1534,6 +1559,7 @@ def place(tmp_path_factory):
     config = balcon.values_of(balcon.parse_flags(["--precision", "float32"]), balcon.MAKES_WEIGHTS)
     (root / "newer").mkdir()
     torch.save({"config": config | {"warmup": 3}}, root / "newer/last.pt")
+    torch.save({"config": None, 1: torch.zeros(3)}, root / "odd.pt")
     for processes in (1, 2):
         done = launch(root, processes, HERE / "balcon.py", f"run{processes}")
         assert done.returncode == 0, done.stderr
@@ -1713,8 +1739,13 @@ def test_a_checkpoints_limit_and_subset_do_not_apply_to_another_data_set(tmp_pat
     other = balcon.parse_flags([*flags, "--dataset", "cifar100"])
     assert (other.dataset, other.limit, other.subset, other.lr) == ("cifar100", 0, "full", 0.3)
     assert balcon.parse_flags([*flags, "--limit", "5"]).limit == 5
-    (tmp_path / "a.pt").rename(tmp_path / "b.pt")
-    assert balcon.parse_flags(["--checkpoint", str(tmp_path / "b.pt")]).out != own.out
+    long = tmp_path / (90 * "a")
+    long.mkdir()
+    outs = {own.out}
+    for name in ("b.pt", long / "epoch0001.pt", long / "epoch0002.pt"):
+        shutil.copy(tmp_path / "a.pt", tmp_path / name)
+        outs.add(balcon.parse_flags(["--checkpoint", str(tmp_path / name)]).out)
+    assert len(outs) == 4
 
 
 def test_a_checkpoint_is_evaluated_as_it_is_also_one_that_began_with_init(
@@ -1757,9 +1788,11 @@ def test_unlabelled_images_train_and_are_shown_but_do_not_vote_and_old_figures_a
 
 def test_other_weights_have_another_folder_with_a_name_of_bearable_length():
     runs = ["", "--alpha 3", "--dataset cifar100", "--dataset folder --data a", "--seed 1",
-            "--dataset folder --data b", "--projector" + 60 * " 2048"]
+            "--dataset folder --data b", "--dataset folder --data " + 85 * "猫",
+            *("--projector" + 30 * " 2048" + more for more in ("", " 2048", " --seed 1"))]
     folders = [str(balcon.parse_flags(flags.split()).out) for flags in runs]
-    assert len(set(folders)) == len(runs) and max(map(len, folders)) < 120
+    assert len(set(folders)) == len(runs)
+    assert max(len(folder.encode()) for folder in folders) < 255
     assert str(balcon.parse_flags(["--k", "9", "--workers", "0"]).out) == folders[0]
 
 
@@ -1794,6 +1827,8 @@ def test_the_table_names_its_figures(tmp_path, capsys):
 BAD = {  # words, after NAME=value for the environment: what the sentence names
     "--loss softmax": "--loss softmax", "--loss simclr": "ntxent with --lam 1",
     "--loss dcl": "balanced with --lam 1", "--checkpoint newer/last.pt": "of this version",
+    "--checkpoint odd.pt": "of this version", "--init odd.pt": "most of its weights",
+    f"--out {300 * 'a'}": "name too long",
     "--lambda 4": "--lam", "--lambda=4": "--lam", "--alpah 4": "did you mean --alpha",
     "--datset cifar10": "did you mean --dataset", "--limit 5 --subset text.jsonl": "exclude",
     "--temperature=0.5": "1 / temperature", "--init resnet18": "cannot read resnet18",
