@@ -929,7 +929,7 @@ def check_settings(cfg):
                         f"{as_flag(name)} {item} must be at least {rule} and below 2^63")
     present, processes = set(cfg.augmentations), int(os.environ.get("WORLD_SIZE", 1))
     export = Path(cfg.export)
-    require(cfg.batch_size % processes == 0,
+    require(cfg.batch_size % processes == 0 or not cfg.epochs or cfg.checkpoint,
             f"--batch-size {cfg.batch_size} is not divisible by the {processes} processes")
     require(cfg.k and cfg.projector, "--k and --projector need at least one number")
     require(len(cfg.crop_scale) == 2 and cfg.crop_scale[0] <= cfg.crop_scale[1] <= 1,
@@ -1125,6 +1125,10 @@ class Session:
         self.made_by = {"config": values_of(cfg, MAKES_WEIGHTS), "images": cfg.images_digest}
         state = resume(cfg.out / "last.pt", self.made_by, **self.encoder, optimizer=optimizer)
         self.first_epoch = state["epoch"]
+        processes = state.get("processes", world_size())
+        if processes != world_size() and train.device.type == "cpu":
+            say(f"warning: processes that began this run: {processes}; on CPUs each has its own "
+                "batch norm")
         self.seconds_before = state.get("seconds", 0.0)
         if self.first_epoch:
             done = self.first_epoch == cfg.epochs
@@ -1168,7 +1172,7 @@ class Session:
         if world_size() > 1:  # without SyncBatchNorm the ranks' differ: all take those of rank 0
             for statistic in self.statistics:
                 dist.broadcast(statistic, 0)
-        state = {**self.made_by, "epoch": epoch,
+        state = {**self.made_by, "epoch": epoch, "processes": world_size(),
                  "seconds": self.seconds_before + time.perf_counter() - self.started}
         if self.cfg.save_every and epoch % self.cfg.save_every == 0:
             save(self.cfg.out / f"epoch{epoch:04}.pt", state, **self.encoder)
@@ -1875,6 +1879,8 @@ def main(argv=None):
         sentence = "stopped; the same command resumes"
     except (UserError, RuntimeError, MemoryError, OSError) as error:
         sentence = " ".join(str(error).split()) or "not enough memory"
+        if world_size() > 1 and re.search("(closed|reset) by peer", sentence):
+            sys.exit(2)  # another rank ended first, and has said why
         is_users = isinstance(error, (UserError, MemoryError)) or (
             getattr(error, "errno", None) in user_errnos)
         if not is_users and not re.search("out of memory|allocate memory", sentence):

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms.v2 import functional as TF
 
 import balcon
@@ -58,7 +59,18 @@ def assert_uniform(values, low, high):
     assert_close(values, expected, 2 / math.sqrt(len(values)) * (high - low))
 
 
+def contiguous_only(call):
+    """`call`, which sends memory as it lies, so NCCL refuses other tensors."""
+    def checked(*arguments, **keywords):
+        tensors = [x for x in tree_leaves(arguments) if torch.is_tensor(x)]
+        assert all(x.is_contiguous() for x in tensors)
+        return call(*arguments, **keywords)
+    return checked
+
+
 def on_a_rank(rank, folder):
+    for name in ("all_reduce", "all_gather", "broadcast"):
+        setattr(dist, name, contiguous_only(getattr(dist, name)))
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     results = {"losses": losses_and_gradients(), "evaluated": evaluated(folder),
                "trained": train_tiny(folder), "with norm": train_tiny(folder, norm=True)}
@@ -1530,12 +1542,12 @@ balcon.main()
 """
 
 
-def launch(place, processes, program, out):
+def launch(place, processes, program, out, *flags):
     """Run a program on the CPU with the flags SMALL, under torchrun if in two processes."""
     surroundings = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
                     "PYTHONPATH": str(HERE), "PYTHONIOENCODING": ["cp1252", "ascii"][processes - 1]}
     command = [sys.executable, *(TORCHRUN if processes == 2 else []), program, *SMALL]
-    return subprocess.run([*command, "--out", out], cwd=place, env=surroundings,
+    return subprocess.run([*command, "--out", out, *flags], cwd=place, env=surroundings,
                           capture_output=True, text=True, timeout=200)
 
 
@@ -1880,6 +1892,19 @@ def test_bad_input_is_one_sentence_and_exit_code_2_and_leaves_no_trace(
         monkeypatch.setenv(*flags.pop(0).split("="))
     assert BAD[words] in run_here(*flags, code=2)
     assert files_in(place) == before
+
+
+def test_on_two_ranks_a_mistake_is_one_sentence_and_another_number_of_processes_a_warning(
+        place, tmp_path, monkeypatch):
+    done = launch(place, 2, HERE / "balcon.py", tmp_path / "new", "--data", "nowhere")
+    assert done.returncode and "[rank" not in done.stderr
+    assert done.stderr.count("balcon: ") == done.stderr.count("nowhere") == 1
+    shutil.copytree(place / "run1", tmp_path / "old")
+    done = launch(place, 2, HERE / "balcon.py", tmp_path / "old")
+    assert done.returncode == 0 and "began this run: 1;" in done.stdout
+    assert "began this run" not in (place / "screen2").read_text()
+    monkeypatch.setenv("WORLD_SIZE", "3")  # the batch is of no matter where nothing is trained
+    balcon.check_settings(balcon.parse_flags(["--epochs", "0"]))
 
 
 def test_each_rank_has_its_own_gpu_which_computes_float32_as_float32(monkeypatch):
