@@ -665,7 +665,7 @@ def test_the_words_of_the_pages_beside_their_figures_are_true():
     assert found["A2/verdict"] == "level" and found["A2b/verdict"].startswith("better")
     assert page.best_of_search("A1d")["balanced"][0] == ("balanced", 16, 2)
     assert page.best_of_search("A1d")["DCL"][0] == ("balanced", 32, 1)
-    assert len(runs.select(stage="A3")) == 2  # one seed each after 20 epochs
+    assert len(runs.select(stage="A3")) == 2 and len(runs.select(stage="A3b")) == 1  # one seed each
 
 
 def test_lam_alone_is_compared_at_one_temperature_each_cell_at_its_best_rate(with_rows):
