@@ -1468,14 +1468,14 @@ def find_photographs(cfg):
     beside = splits.pop("")
     depth = int(any(splits.values()) or cfg.dataset != "folder")  # of the class folders
     if depth == 0:
-        splits["train"] = beside
-    elif beside:
+        splits["train"], beside = beside, []
+    require(splits["train"], f"there is no image in {cfg.data / 'train' if depth else cfg.data}: "
+            "--data names a folder of images, or one that holds train/<class>/ and val/<class>/")
+    if beside:
         deep = [name for names in splits.values() for name in names if name.count("/") > 1]
         require(deep or "/" not in "".join(beside), f"{cfg.data}: is every folder a class? Then "
                 f"rename the one that is called like a split; {beside[0]} lies beside it")
         say(f"left out: {len(beside)} images beside the splits: {beside[0]}")
-    require(splits["train"], f"there is no image in {cfg.data / 'train' if depth else cfg.data}: "
-            "--data names a folder of images, or one that holds train/<class>/ and val/<class>/")
     train = find_classes(splits["train"], depth, cfg)
     for split in ("val", "test"):
         if splits[split]:

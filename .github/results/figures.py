@@ -25,10 +25,13 @@ def product_figure(new_figure):
 
 def bounds_figure(new_figure):
     figure = new_figure((8, 3))
-    epochs, *gaps = zip(*[measured[:3] for measured in values("long-balanced", "bounds")[0]])
-    for axes, title, gap in zip(figure.subplots(1, 2), ("Eq. 8", "Eq. 10"), gaps):
-        axes.plot(epochs, gap, "o-")
-        axes.set(title=title, xlabel="epoch", ylabel="mean gap", ylim=(0, None))
+    both = figure.subplots(1, 2)
+    for name, run in {"R, α = 2": row("long-balanced"), "H, α = 8": select(stage="bounds")}.items():
+        epochs, *gaps = zip(*[measured[:3] for measured in run[0]["bounds"]])
+        for axes, title, gap in zip(both, ("Eq. 8", "Eq. 10"), gaps):
+            axes.plot(epochs, gap, "o-", label=name)
+            axes.set(title=title, xlabel="epoch", ylabel="mean gap", ylim=(0, None))
+    both[0].legend(frameon=False)
     save_figure(figure, "bounds.svg")
 
 

@@ -190,6 +190,20 @@ def bounds_rows():
     return rows
 
 
+def bounds_h_rows():
+    """The same for balanced (8, 2), seed 0 of A3: all of CIFAR-10, α = 8."""
+    runs = select(stage="bounds")
+    if not runs:
+        return NOT_YET
+    columns = {"gap of Eq. 8": 3, "gap of Eq. 10": 3, "least ν": 3, "B": 3, "Eq. 8 violated, %": 2,
+               "gap as printed": 3, "B < 0, %": 2, "Eq. 10 violated, %": 2,
+               "as printed, violated, %": 2, "angle, °": 1, "over 90°, %": 2}
+    rows = [["epoch", *columns]]
+    for epoch, *figures in runs[0]["bounds"]:
+        rows.append([str(epoch), *map(number, figures, columns.values())])
+    return rows
+
+
 def nscl_rows():
     """Gap, gap of an untrained network and bound, at the smallest and the largest α."""
     rows = [["classes", *(f"{what}, α = {alpha}" for alpha in (1, 8)
@@ -851,5 +865,6 @@ TABLES = {
     "validation": functools.partial(preset_rates, "V"),
     "strong": functools.partial(preset_rates, "VS"), "board": board_rows, "speed": speed_rows,
     "cost": cost_rows,
-    "product": product_rows, "models": model_rows, "bounds": bounds_rows, "nscl": nscl_rows,
+    "product": product_rows, "models": model_rows, "bounds": bounds_rows, "bounds H": bounds_h_rows,
+    "nscl": nscl_rows,
     "items": item_rows}
