@@ -27,8 +27,9 @@ Letters, as in the paper:
 The file has three parts. Part 1 is the method: the losses, then all that surrounds them in the
 order of use: views, images, model, pretraining, evaluation. You may stop there. Part 2 measures the
 paper's theory. Part 3 is the machinery: settings, checkpoints, processes, files, pictures. `cfg`
-holds the settings, which the table at the start of part 3 explains, and two derived values:
-`cfg.views`, the distribution of views, and `cfg.images_digest`, a fingerprint of names and labels.
+holds the settings, which the table at the start of part 3 explains, and what follows from them:
+`cfg.trains`, whether there is anything to pretrain; `cfg.views`, the distribution of views; and
+`cfg.images_digest`, a fingerprint of names and labels.
 """
 import argparse
 import contextlib
@@ -349,8 +350,8 @@ def augment(x, t, names):
 # ----------------------------------------- images -----------------------------------------
 @dataclass(eq=False)
 class Images:
-    """N images in memory. One smaller than S × S lies in the upper left corner. Without views its
-    central square is resized to `size`; if that is None, the image stays as it is."""
+    """N images in memory. One smaller than S × S lies in the upper left corner. Without views an
+    image is plain: its central square, resized to `size`, or if that is None the whole image."""
     pixels: torch.Tensor  # uint8 [N, 3, S, S] on the device; all else is on the CPU
     shapes: torch.Tensor  # [N, 2], height and width
     labels: torch.Tensor  # [N], −1 if unknown
@@ -890,6 +891,7 @@ def parse_flags(argv=None):
     dropped = sum((DROPPABLE.get(name, []) for name in cfg.drop), [])
     names = [name for name in cfg.augmentations if name not in dropped] + cfg.add
     cfg.views = Views(names, cfg.size, cfg.crop_scale)
+    cfg.trains = cfg.epochs > 0 and not cfg.checkpoint
     cfg.data = Path(cfg.data or f"data/{dataset}")
     cfg.out = Path(cfg.out or default_out(cfg))
     return cfg
@@ -929,7 +931,7 @@ def check_settings(cfg):
                         f"{as_flag(name)} {item} must be at least {rule} and below 2^63")
     present, processes = set(cfg.augmentations), int(os.environ.get("WORLD_SIZE", 1))
     export = Path(cfg.export)
-    require(cfg.batch_size % processes == 0 or not cfg.epochs or cfg.checkpoint,
+    require(not cfg.trains or cfg.batch_size % processes == 0,
             f"--batch-size {cfg.batch_size} is not divisible by the {processes} processes")
     require(cfg.k and cfg.projector, "--k and --projector need at least one number")
     require(len(cfg.crop_scale) == 2 and cfg.crop_scale[0] <= cfg.crop_scale[1] <= 1,
@@ -977,15 +979,14 @@ def run(cfg):
     results = from_rank_0(lambda: json.loads(path.read_text()) if path.exists() else {})
     results["config"] = values_of(cfg, MAKES_WEIGHTS)
 
-    trains = cfg.epochs > 0 and not cfg.checkpoint
-    if trains:
+    if cfg.trains:
         draw_views(train, cfg)
         if cfg.baseline:
             evaluate("untrained", encoder, gallery, test, wanted, results, cfg)
         pretrain(encoder, train, cfg)
-    stage = "trained" if trains or cfg.checkpoint else "untrained"
+    stage = "trained" if cfg.trains or cfg.checkpoint else "untrained"
     features = evaluate(stage, encoder, gallery, test, wanted, results, cfg)
-    if not cfg.baseline or not trains:  # results.json may hold another stage, of an earlier call
+    if not cfg.baseline or not cfg.trains:  # results.json may hold an earlier stage
         results = {stage: results[stage]}
     draw_neighbors(gallery, test, results, cfg)
     if cfg.export:
@@ -1000,7 +1001,7 @@ def choose_evaluations(cfg, train, gallery, test):
     """--eval, or nothing where the images have no labels. Refuses what would fail late."""
     require(len(train) > 1, "there is only one training image")
     steps = len(train) // cfg.batch_size * cfg.epochs
-    if cfg.epochs and not cfg.checkpoint:
+    if cfg.trains:
         if not steps:
             refuse(f"--batch-size {cfg.batch_size} is more than the {len(train)} training images")
         if steps < 100 or cfg.batch_size < 32:
@@ -1125,14 +1126,15 @@ class Session:
         self.made_by = {"config": values_of(cfg, MAKES_WEIGHTS), "images": cfg.images_digest}
         state = resume(cfg.out / "last.pt", self.made_by, **self.encoder, optimizer=optimizer)
         self.first_epoch = state["epoch"]
-        processes = state.get("processes", world_size())
-        if processes != world_size() and train.device.type == "cpu":
-            say(f"warning: processes that began this run: {processes}; on CPUs each has its own "
-                "batch norm")
         self.seconds_before = state.get("seconds", 0.0)
-        if self.first_epoch:
-            done = self.first_epoch == cfg.epochs
-            say("already trained" if done else f"resuming after epoch {self.first_epoch}")
+        if self.first_epoch == cfg.epochs:
+            say("already trained")
+        elif self.first_epoch:
+            say(f"resuming after epoch {self.first_epoch}")
+            processes = state.get("processes", world_size())
+            if processes != world_size() and train.device.type == "cpu":
+                say(f"warning: processes that began this run: {processes}; on CPUs each has its "
+                    "own batch norm")
         elif cfg.save_every:
             save(cfg.out / "epoch0000.pt", {**self.made_by, "epoch": 0}, **self.encoder)
         self.started = self.said = time.perf_counter()
@@ -1235,7 +1237,7 @@ def start_log(cfg, train, test):
     """Say what is about to happen. A line of log.jsonl holds settings, versions and hardware."""
     say(f"{cfg.dataset}, {len(train)} training and {len(test) if test else 'no'} test images; "
         f"{cfg.backbone} on {train.device}, {cfg.precision}, processes: {world_size()}")
-    if cfg.epochs and not cfg.checkpoint:
+    if cfg.trains:
         say(f"{cfg.loss} loss, alpha {cfg.alpha:g}, lambda {cfg.lam:g}; {cfg.epochs} epochs, batch "
             f"{cfg.batch_size}, lr {cfg.lr:g}, seed {cfg.seed} -> {cfg.out}")
     if rank() > 0:
@@ -1451,8 +1453,9 @@ with contextlib.suppress(ImportError):  # photographs of iPhones
     from pillow_heif import register_heif_opener
     register_heif_opener()
 Image.MAX_IMAGE_PIXELS = None  # photographs of any size
-LONGEST = 3  # × the shorter side: a longer panorama loses its ends, since in memory every image
-# gets the square of the largest one
+# In memory all images get the square of the largest one. So a panorama that is longer than this
+# multiple of its shorter side loses its ends.
+LONGEST = 3
 ENDINGS = set(".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .avif .heic .heif .jp2 .tga "
               ".ppm .pgm .pbm".split())
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val",
@@ -1472,9 +1475,10 @@ def find_photographs(cfg):
     require(splits["train"], f"there is no image in {cfg.data / 'train' if depth else cfg.data}: "
             "--data names a folder of images, or one that holds train/<class>/ and val/<class>/")
     if beside:
-        deep = [name for names in splits.values() for name in names if name.count("/") > 1]
-        require(deep or "/" not in "".join(beside), f"{cfg.data}: is every folder a class? Then "
-                f"rename the one that is called like a split; {beside[0]} lies beside it")
+        has_classes = any(name.count("/") > 1 for name in sum(splits.values(), []))
+        require(has_classes or not any("/" in name for name in beside),
+                f"{cfg.data}: is every folder a class? Then rename the one that is called like a "
+                f"split; {beside[0]} lies beside it")
         say(f"left out: {len(beside)} images beside the splits: {beside[0]}")
     train = find_classes(splits["train"], depth, cfg)
     for split in ("val", "test"):
@@ -1538,8 +1542,8 @@ def list_images(root):
 
 
 def read_image(file, side=10 ** 6):
-    """An upright RGB image. Transparency becomes white. JPEG is decoded directly to a half, a
-    quarter or an eighth, but to no less than `side` pixels on the shorter side.
+    """An upright RGB image. Transparency becomes white. A JPEG file whose shorter side is several
+    times `side` is decoded directly to a half, a quarter or an eighth, but to no less than `side`.
 
     Greys of more than 8 bits are refused: which value is white is not in the file.
     """

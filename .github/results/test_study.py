@@ -653,7 +653,7 @@ def test_the_pairs_follow_the_search(with_rows, monkeypatch):
 
 
 def test_the_words_of_the_pages_beside_their_figures_are_true():
-    """What README's first screen and RESULTS' answer say of the order, by the runs that are there."""
+    """What README's first screen and RESULTS' answer say of the order of the runs."""
     found = page.pair_figures()
     assert page.strongest("balanced") == "A2b-balanced-a8-l2-lr0.8"
     assert page.strongest("DCL") == "A2-balanced-a16-l1-lr0.8"
@@ -665,12 +665,13 @@ def test_the_words_of_the_pages_beside_their_figures_are_true():
     assert found["A2/verdict"] == "level" and found["A2b/verdict"].startswith("better")
     assert page.best_of_search("A1d")["balanced"][0] == ("balanced", 16, 2)
     assert page.best_of_search("A1d")["DCL"][0] == ("balanced", 32, 1)
-    assert len(runs.select(stage="A3")) == 2 and len(runs.select(stage="A3b")) == 1  # one seed each
+    assert (len(runs.select(stage="A3")), len(runs.select(stage="A3b"))) == (2, 1)
 
 
 def test_lam_alone_is_compared_at_one_temperature_each_cell_at_its_best_rate(with_rows):
     alone = lane_rows("A2c", 4, balanced_8_1=("0.8", [64, 65, 66]), balanced_4_1=("0.8", [60, 61]))
-    planned = searched("A1", {("ntxent", 16, 1): 61, ("balanced", 4, 2): 60, ("balanced", 4, 1): 59})
+    planned = searched("A1", {("ntxent", 16, 1): 61, ("balanced", 4, 2): 60,
+                              ("balanced", 4, 1): 59})
     second = lane_rows("A2b", 4, balanced_8_2=("0.8", [65.0] * 6))
     with_rows(planned, TWO, WIDER, second, alone, searched("A1d", {}))
     found = page.lam_alone()
